@@ -1,0 +1,45 @@
+"""v4e: video models as image editors."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "v4e/__init__.py").read_text())[1]
+
+setup(
+    name="v4e",
+    version=VERSION,
+    description="Turn video models into few-step image editors by distillation",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["v4e", "v4e.*", "data_tools"]),
+    package_data={"v4e.assets": ["**/*"]},
+    # Lower bounds are the versions the tests ran with; constraints.txt pins the exact set.
+    install_requires=[
+        "torch>=2.11,<2.14",
+        "deepspeed>=0.19.8,<0.20",
+        "diffusers>=0.42.1,<0.43",
+        "transformers>=5.17,<6",
+        "webdataset>=1.0.2,<2",
+        "wandb>=0.31,<0.32",
+        "omegaconf>=2.4.0rc1,<2.5",
+        "safetensors>=0.6",
+        "tokenizers>=0.22",
+        "fsspec>=2025.3",
+        "pillow>=11",
+        "rich>=14",
+        "ftfy>=6.3",
+        "numpy>=2",
+    ],
+    extras_require={
+        "gpu": ["xformers>=0.0.35,<0.1"],
+        "lora": ["peft>=0.21,<0.22"],
+        "world": ["scikit-image>=0.26,<0.27", "scikit-learn>=1.8,<1.9"],
+        "dev": ["pytest>=9", "hypothesis>=6.150", "ruff>=0.14", "pyright>=1.1.400", "import-linter>=2.5"],
+    },
+    entry_points={"console_scripts": ["v4e=v4e.cli:main", "v4e-shards=data_tools.cli:main"]},
+)

@@ -1,0 +1,163 @@
+"""One typed tree: defaults <- YAML <- dotlist, strict, frozen, printed. No flags beside it."""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from v4e.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Learning rate over steps, as a factor of the optimiser's lr.
+
+    ``warmup`` steps of linear rise, then ``constant``; ``cosine`` falls to ``floor`` at the last step; ``wsd``
+    stays at one and falls linearly over the last ``decay`` fraction of the steps.
+    """
+
+    kind: Literal["constant", "cosine", "wsd"] = "constant"
+    warmup: int = 0
+    decay: float = 0.2
+    floor: float = 0.0
+
+
+@dataclass(frozen=True)
+class Wandb:
+    """Weights & Biases; the key comes from its own login, never from a config."""
+
+    mode: Literal["online", "offline", "disabled"] = "offline"
+    project: str = "v4e"
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class Loop:
+    """What the training loop needs to know; nothing of it is about a model.
+
+    Args:
+        output: run directory: checkpoints, journal, contact sheets.
+        data: shard folder to train on.
+        validation: shard folder for contact sheets and validation losses; empty for none.
+        steps: optimiser steps.
+        batch: samples per step over all ranks and accumulated micro-batches.
+        micro_batch: samples per rank and forward pass.
+        precision: fp32, or bf16 weights with fp32 master weights.
+        clip: largest gradient norm; 0 for none.
+        ema: decay of the averaged weights; 0 for none.
+        checkpointing: recompute activations block by block.
+        save_every, sheet_every, log_every: in steps; 0 for only at the end.
+        keep_last: checkpoints kept.
+        max_bad_samples: quarantined samples at which the run stops.
+        max_bad_steps: steps with non-finite gradients in a row at which the run stops.
+        threads: CPU threads per rank; 0 shares the cores among the ranks.
+    """
+
+    output: str = ""
+    data: str = ""
+    validation: str = ""
+    steps: int = 1000
+    batch: int = 16
+    micro_batch: int = 16
+    seed: int = 0
+    precision: Literal["fp32", "bf16"] = "bf16"
+    clip: float = 1.0
+    ema: float = 0.0
+    checkpointing: bool = False
+    schedule: Schedule = field(default_factory=Schedule)
+    save_every: int = 0
+    sheet_every: int = 0
+    log_every: int = 10
+    keep_last: int = 2
+    max_bad_samples: int = 0
+    max_bad_steps: int = 10
+    threads: int = 0
+    wandb: Wandb = field(default_factory=Wandb)
+
+
+def load[R](
+    path: str | Path | None, overrides: Sequence[str], pick: Callable[[str], type[R]], *, recipe: str | None = None
+) -> R:
+    """Read ``recipe:``, pick its class, merge defaults <- YAML <- dotlist, and freeze.
+
+    Args:
+        path: YAML file, or None for defaults alone.
+        overrides: ``key.sub=value`` words.
+        pick: maps the recipe's name to its dataclass.
+        recipe: the name, where there is no file to say it.
+
+    Raises:
+        ConfigError: missing file, unreadable YAML, unknown key (its nearest neighbour is named), wrong type.
+    """
+    where = str(path or "defaults")
+    tree = _read(Path(path)) if path else OmegaConf.create({})
+    name = recipe or tree.get("recipe")
+    if not name:
+        raise ConfigError("the config does not say which recipe it is for", where=where, fix="add a line `recipe: video4edit`")
+    tree.pop("recipe", None)
+    return build(pick(str(name)), tree, overrides, where)
+
+
+def build[R](cls: type[R], tree: DictConfig, overrides: Sequence[str], where: str) -> R:
+    """Merge a tree and dotlist words into the dataclass ``cls``; see :func:`load`."""
+    if bad := next((word for word in overrides if "=" not in word), None):
+        raise ConfigError(f"override {bad!r} is not of the form key=value", where=where)
+    words = OmegaConf.from_dotlist(list(overrides))
+    assert isinstance(words, DictConfig)
+    for part, origin in ((tree, where), (words, "command line")):
+        _refuse_unknown(cls, OmegaConf.to_container(part), origin)
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(cls), tree, words)
+        return OmegaConf.to_object(merged)  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None) or "?"
+        raise ConfigError(str(error).splitlines()[0], where=f"{where}, key {key}") from error
+
+
+def to_dict(config: object) -> dict[str, Any]:
+    """A frozen config as plain nested values, for printing, hashing and saving."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))  # type: ignore[arg-type]
+
+
+def to_yaml(config: object) -> str:
+    """The whole tree, defaults included, as YAML."""
+    return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
+
+
+def config_hash(config: object) -> str:
+    """Sixteen hex digits that change when any setting does."""
+    text = json.dumps(to_dict(config), sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def _read(path: Path) -> DictConfig:
+    if not path.is_file():
+        raise ConfigError("no such config file", where=str(path), fix="see configs/ for those that ship with v4e")
+    try:
+        tree = OmegaConf.load(path)
+    except Exception as error:  # yaml raises many kinds; each is the user's file being unreadable
+        raise ConfigError(f"not readable as YAML: {str(error).splitlines()[0]}", where=str(path)) from error
+    if not isinstance(tree, DictConfig):
+        raise ConfigError("a config is a mapping of keys to values", where=str(path))
+    return tree
+
+
+def _refuse_unknown(cls: type, values: object, where: str, prefix: str = "") -> None:
+    """Name the nearest neighbour of an unknown key, which omegaconf does not."""
+    if not isinstance(values, dict):
+        return
+    known = {f.name: f.type for f in dataclasses.fields(cls)}
+    for key, value in values.items():
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)
+            hint = f"did you mean {prefix}{near[0]}?" if near else ""
+            raise ConfigError(f"unknown key {prefix}{key}", where=where, fix=hint)
+        if isinstance(known[key], type) and dataclasses.is_dataclass(known[key]):
+            _refuse_unknown(known[key], value, where, f"{prefix}{key}.")
