@@ -7,12 +7,14 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from v4e.errors import ConfigError
+
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ class Loop:
     wandb: Wandb = field(default_factory=Wandb)
 
 
-def load[R](
+def load(
     path: str | Path | None, overrides: Sequence[str], pick: Callable[[str], type[R]], *, recipe: str | None = None
 ) -> R:
     """Read ``recipe:``, pick its class, merge defaults <- YAML <- dotlist, and freeze.
@@ -105,7 +107,7 @@ def load[R](
     return build(pick(str(name)), tree, overrides, where)
 
 
-def build[R](cls: type[R], tree: DictConfig, overrides: Sequence[str], where: str) -> R:
+def build(cls: type[R], tree: DictConfig, overrides: Sequence[str], where: str) -> R:
     """Merge a tree and dotlist words into the dataclass ``cls``; see :func:`load`."""
     if bad := next((word for word in overrides if "=" not in word), None):
         raise ConfigError(f"override {bad!r} is not of the form key=value", where=where)

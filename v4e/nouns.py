@@ -172,13 +172,16 @@ class Origin:
 
 @dataclass(frozen=True)
 class Sample:
-    """One tar group of a shard. ``key`` holds no dots (webdataset splits names at the first one)."""
+    """One tar group of a shard. ``key`` holds no dots (webdataset splits names at the first one).
+
+    ``source`` and ``target`` are images; None when the reader was asked for tensors alone.
+    """
 
     key: str
     instruction: str
     evolution: str
-    source: Clip
-    target: Clip
+    source: Clip | None
+    target: Clip | None
     encoded: Encoded | None = None
     rollout: Rollout | None = None
     task: str = ""
@@ -293,13 +296,11 @@ class Draw:
 
     Args:
         seed: of the run.
-        epoch: pass over the data.
-        indices: position of each of the batch's samples in the epoch's global order.
+        positions: of each of the batch's samples in the run's global order, counted over all epochs.
     """
 
     seed: int
-    epoch: int
-    indices: tuple[int, ...]
+    positions: tuple[int, ...]
 
     def normal(self, name: str, *shape: int) -> Tensor:
         """Standard normal numbers [B, *shape], fp32, from CPU generators."""
@@ -314,7 +315,7 @@ class Draw:
         return (self.uniform(name) * high).long().clamp_(max=high - 1)
 
     def _generators(self, name: str) -> list[torch.Generator]:
-        return [torch.Generator().manual_seed(seed_of(self.seed, self.epoch, i, name)) for i in self.indices]
+        return [torch.Generator().manual_seed(seed_of(self.seed, p, name)) for p in self.positions]
 
 
 @dataclass(frozen=True)
@@ -349,7 +350,8 @@ class Player:
     Args:
         name: unique within the recipe.
         build: makes the module with its architecture only; weights follow.
-        weights: yields (name, tensor) of the module's state dict, one at a time; None keeps the fresh ones.
+        weights: yields (name, tensor) of every parameter and every buffer, one at a time. Buffers are included
+            because zero.Init in bf16 corrupts those computed during construction (Wan's RoPE tables).
         trains: whether it gets gradients and an optimiser.
         optim: its settings.
         zero_stage: ZeRO stage, 0 to 3.
@@ -357,7 +359,7 @@ class Player:
 
     name: str
     build: Callable[[], nn.Module]
-    weights: Callable[[], Iterable[tuple[str, Tensor]]] | None = None
+    weights: Callable[[], Iterable[tuple[str, Tensor]]]
     trains: bool = False
     optim: Optim = field(default_factory=Optim)
     zero_stage: Literal[0, 1, 2, 3] = 3
