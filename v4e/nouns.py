@@ -73,6 +73,11 @@ class Grid:
         """DiT tokens of one clip, S."""
         return (self.t // self.patch[0]) * (self.h // self.patch[1]) * (self.w // self.patch[2])
 
+    @staticmethod
+    def of_latents(t: int, h: int, w: int) -> "Grid":
+        """A grid with these latents and the usual strides, where only the latent size matters."""
+        return Grid((t - 1) * 4 + 1, h * 8, w * 8)
+
     def with_frames(self, T: int) -> "Grid":
         """The same picture size at another clip length."""
         return replace(self, T=T)
@@ -147,6 +152,8 @@ class Encoded:
         evolution_LE: the evolution prompt.
         teacher_known_Cthw: latents of the teacher's clip with all but first and last frame black.
         vision_last_NV: vision tokens of the edited image.
+        change_thw: how much each place differs from the first frame, in [0, 1] (losses.change_map); where an edit
+            happens is known from the roll-out's two ends, and the losses may look there.
     """
 
     clip_Cthw: Tensor
@@ -157,6 +164,7 @@ class Encoded:
     evolution_LE: Tensor
     teacher_known_Cthw: Tensor
     vision_last_NV: Tensor
+    change_thw: Tensor
 
 
 @dataclass(frozen=True)
@@ -265,6 +273,7 @@ class EditBatch:
         keys: sample keys, in batch order.
         weight_B: 1, or 0 for a quarantined sample that keeps its place.
         clip_BCthw: clean latents of the clip to be made; its last latent frame is the tail.
+        change_Bthw: see :class:`Encoded`.
         conditions: the student's.
         null_BLE, null_words_B: the empty prompt.
         rollout: the teacher's states, when the recipe uses them.
@@ -273,6 +282,7 @@ class EditBatch:
     keys: tuple[str, ...]
     weight_B: Tensor
     clip_BCthw: Tensor
+    change_Bthw: Tensor
     conditions: Conditions
     null_BLE: Tensor
     null_words_B: Tensor

@@ -1,0 +1,200 @@
+"""Video4Edit: distil a first-and-last-frame video teacher into a few-step image editor (arXiv 2511.18131).
+
+Public sources name the two parts, block-wise DiT distillation and tail-frame supervision in the VAE's latent space,
+and the few-step goal, but no formula. Every term below is v4e's own reading; docs/recipes/video4edit.md says so and
+`v4e ablate` judges it.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from v4e import flow, losses
+from v4e.config import Loop
+from v4e.data.collate import collate
+from v4e.models import wan
+from v4e.nouns import Draw, EditBatch, Losses, Optim, Player, RolloutBatch, Sample
+from v4e.verbs import Backbone
+
+
+@dataclass(frozen=True)
+class Terms:
+    """Weights of the terms. ``velocity`` fades into ``trajectory`` over ``handover`` of the run, and never the two at once.
+
+    Args:
+        velocity: the teacher's guided, anchored velocity at the stored state.
+        trajectory: the mean velocity from the stored state to the path's clean end, on the few-step grid.
+        tail: clean estimate of the last latent frame against the tail target.
+        block: hidden states of chosen blocks.
+        flow: flow matching at noise levels off the grid.
+        handover: (start, end) as fractions of the run.
+    """
+
+    velocity: float = 1.0
+    trajectory: float = 1.0
+    tail: float = 0.5
+    block: float = 0.1
+    flow: float = 1.0
+    handover: tuple[float, float] = (0.1, 0.4)
+
+
+class Point(NamedTuple):
+    """Where the student is trained: a state, its noise level, and what the path says there.
+
+    Args:
+        kept_B: index of the stored level, or -1 where the state was made by flow matching.
+    """
+
+    x_BCthw: Tensor
+    sigma_B: Tensor
+    velocity_BCthw: Tensor
+    end_BCthw: Tensor
+    kept_B: Tensor
+
+
+@dataclass(frozen=True)
+class Video4Edit:
+    """Config and recipe.
+
+    Args:
+        teacher, student: diffusers folders or hub ids of FLF2V and I2V.
+        shift: the student's own; its few-step grids must be among the stored levels.
+        few_steps: grids whose levels the ``trajectory`` term trains.
+        flow_share: share of samples trained off the grid by flow matching.
+        edit_boost: extra weight of places the roll-out changes (losses.region_weight).
+        blocks: (student block, teacher block) pairs that are matched.
+        terms: weights and their schedule.
+    """
+
+    teacher: str = ""
+    student: str = ""
+    shift: float = 3.0
+    few_steps: tuple[int, ...] = (1, 2, 4, 8)
+    flow_share: float = 0.25
+    edit_boost: float = 4.0
+    student_blocks: tuple[int, ...] = ()
+    teacher_blocks: tuple[int, ...] = ()
+    terms: Terms = field(default_factory=Terms)
+    attention: wan.Attention = "auto"
+    fold_text_padding: bool = False
+    zero_stage: Literal[0, 1, 2, 3] = 3
+    optim: Optim = field(default_factory=Optim)
+    loop: Loop = field(default_factory=Loop)
+
+    def players(self) -> Sequence[Player]:
+        student = Player("student", *self._declare(self.student, "i2v"), True, self.optim, self.zero_stage)
+        if not self._matches_blocks:
+            return [student]
+        return [student, Player("teacher", *self._declare(self.teacher, "flf2v"), False, zero_stage=self.zero_stage)]
+
+    def batch(self, samples: Sequence[Sample], weights: Sequence[float]) -> EditBatch:
+        return collate(samples, weights, rollout=True)
+
+    def turns(self, step: int) -> Sequence[str]:
+        return ("student",)
+
+    def losses(self, players: Mapping[str, Backbone], batch: EditBatch, draw: Draw, turn: str, step: int) -> Losses:
+        assert batch.rollout is not None  # collate(rollout=True) refuses samples without one
+        point = self._point(batch, batch.rollout, draw)
+        taps = self.student_blocks if self._matches_blocks else ()
+        v, *hidden = players[turn](point.x_BCthw, point.sigma_B, batch.conditions, taps)
+        terms = self._terms(v, point, batch)
+        if self._matches_blocks:
+            terms["block"] = self._block_term(players["teacher"], hidden, point, batch, batch.rollout)
+        return Losses(terms, self.weights_at(step))
+
+    def weights_at(self, step: int) -> dict[str, float]:
+        """The terms' weights at a step; the hand-over moves weight from `velocity` to `trajectory`."""
+        start, end = self.terms.handover
+        progress = step / max(1, self.loop.steps)
+        passed = min(1.0, max(0.0, (progress - start) / max(end - start, 1e-9)))
+        return {
+            "velocity": self.terms.velocity * (1 - passed),
+            "trajectory": self.terms.trajectory * passed,
+            "tail": self.terms.tail,
+            "block": self.terms.block,
+            "flow": self.terms.flow,
+        }
+
+    @property
+    def _matches_blocks(self) -> bool:
+        return self.terms.block > 0 and bool(self.student_blocks)
+
+    def _declare(self, source: str, kind: wan.Kind):
+        return wan.declare(
+            source,
+            kind=kind,
+            attention=self.attention,
+            fold_text_padding=self.fold_text_padding,
+            checkpointing=self.loop.checkpointing,
+        )
+
+    def _point(self, batch: EditBatch, rollout: RolloutBatch, draw: Draw) -> Point:
+        """A stored, anchored state for most samples; a freshly mixed one for ``flow_share`` of them."""
+        kept_B = draw.integers("kept", rollout.sigma_BK.shape[1])
+        stored = anchored(batch, rollout, kept_B)
+        mixed = self._mixed(batch, draw)
+        use_flow_B = draw.uniform("flow") < self.flow_share
+        return Point(*(torch.where(flow.like(use_flow_B, a).bool(), b, a) for a, b in zip(stored, mixed, strict=True)))
+
+    def _mixed(self, batch: EditBatch, draw: Draw) -> Point:
+        """Flow matching's own point: straight path, noise level drawn and shifted."""
+        noise = draw.normal("noise", *batch.clip_BCthw.shape[1:])
+        sigma_B = flow.shift(draw.uniform("sigma"), self.shift)
+        x = flow.mix(batch.clip_BCthw, noise, sigma_B)
+        none_kept = torch.full_like(sigma_B, -1, dtype=torch.long)
+        return Point(x, sigma_B, flow.velocity(batch.clip_BCthw, noise), batch.clip_BCthw, none_kept)
+
+    def _terms(self, v: Tensor, point: Point, batch: EditBatch) -> dict[str, Tensor]:
+        region = losses.region_weight(batch.change_Bthw, self.edit_boost)
+        on_grid_B = (point.kept_B >= 0).float() * batch.weight_B
+        off_grid_B = (point.kept_B < 0).float() * batch.weight_B
+        mean_v = flow.from_x0(point.x_BCthw, point.end_BCthw, point.sigma_B)
+        tail = flow.to_x0(point.x_BCthw, v.float(), point.sigma_B)[:, :, -1:]
+        return {
+            "velocity": losses.squared(v, point.velocity_BCthw, on_grid_B, region),
+            "trajectory": losses.squared(v, mean_v, on_grid_B, region),
+            "tail": losses.squared(tail, batch.tail_BChw[:, :, None], on_grid_B, region[:, :, -1:]),
+            "flow": losses.squared(v, point.velocity_BCthw, off_grid_B, region),
+        }
+
+    def _block_term(
+        self, teacher: Backbone, hidden: Sequence[Tensor], point: Point, batch: EditBatch, rollout: RolloutBatch
+    ) -> Tensor:
+        """Match at the tokens of the student's frames; the teacher runs on its own full-clip state."""
+        kept_B = point.kept_B.clamp(min=0)
+        rows = torch.arange(len(kept_B))
+        with torch.no_grad():
+            full = rollout.full_BKCthw[rows, kept_B]
+            _, *theirs = teacher(full, rollout.sigma_BK[rows, kept_B], rollout.teacher, self.teacher_blocks)
+        weight_B = (point.kept_B >= 0).float() * batch.weight_B
+        t_student, t_teacher = point.x_BCthw.shape[2], full.shape[2]
+        pairs = zip(hidden, theirs, strict=True)
+        return sum(
+            (losses.block_match(h, shared_tokens(g, t_teacher, t_student), weight_B) for h, g in pairs), torch.zeros(())
+        ) / len(hidden)
+
+
+def anchored(batch: EditBatch, rollout: RolloutBatch, kept_B: Tensor) -> Point:
+    """The stored states, bent so that the last latent frame ends at the tail target (flow.anchor).
+
+    With d = z_tail - x(0) at the last frame, x' = x + (1 - sigma) d and v' = v - d are one path that ends at z_tail,
+    so that `velocity`, `trajectory` and `tail` agree.
+    """
+    rows = torch.arange(len(kept_B))
+    sigma_B = rollout.sigma_BK[rows, kept_B]
+    offset = torch.zeros_like(rollout.end_BCthw)
+    offset[:, :, -1] = batch.tail_BChw - rollout.end_BCthw[:, :, -1]
+    x, v = flow.anchor(rollout.x_BKCthw[rows, kept_B], rollout.v_BKCthw[rows, kept_B], sigma_B, offset)
+    return Point(x, sigma_B, v, rollout.end_BCthw + offset, kept_B)
+
+
+def shared_tokens(h_BSD: Tensor, t_long: int, t_short: int) -> Tensor:
+    """Tokens of the latent frames that the shorter clip keeps [B, S', D]; both ends always among them."""
+    frames = [round(i * (t_long - 1) / max(1, t_short - 1)) for i in range(t_short)]
+    return h_BSD.unflatten(1, (t_long, -1))[:, frames].flatten(1, 2)
+
+
