@@ -1,0 +1,1 @@
+"""Machines: networks and codecs behind the verbs of :mod:`v4e.verbs`."""

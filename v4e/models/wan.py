@@ -1,0 +1,321 @@
+"""Wan as a Backbone: a short block loop over diffusers' own modules, with hidden states as outputs.
+
+Legend: B batch; C latent channels; t h w latent grid; S = t * h/2 * w/2 tokens; D width; L words, E text width;
+N vision tokens, V vision width.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from diffusers import WanTransformer3DModel
+from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from v4e import flow
+from v4e.errors import CheckpointError, ConfigError, ShapeError
+from v4e.models import attention
+from v4e.models.attention import Backend, Context
+from v4e.models.folder import Tensors, check, locate, read_config
+from v4e.nouns import TEXT_TOKENS, Conditions, pad_words
+
+Kind = Literal["i2v", "flf2v"]
+TABLES = ("freqs_cos", "freqs_sin")
+
+
+class WanBackbone(WanTransformer3DModel):
+    """``WanTransformer3DModel`` with the signature of :class:`v4e.verbs.Backbone`: same names, weights and config.
+
+    On a CPU its velocity and gradients equal the stock forward's to the bit, unless text padding is folded.
+    ``gradient_checkpointing`` recomputes activations block by block in the backward pass.
+    """
+
+    _fold_text_padding = False
+
+    def forward(
+        self, x_BCthw: Tensor, sigma_B: Tensor, conditions: Conditions, taps: tuple[int, ...] = ()
+    ) -> tuple[Tensor, ...]:
+        """Return (velocity [B, C, t, h, w], hidden states [B, S, D] after each tapped block, in their order).
+
+        Inputs are cast to the weights' dtype. A plain tuple leaves the module, as ZeRO-3's hooks need.
+
+        Raises:
+            ShapeError: the known latents do not fit the state.
+            ConfigError: a tap is no block.
+        """
+        dtype = self.patch_embedding.weight.dtype
+        inputs = self._inputs(x_BCthw, conditions).to(dtype)
+        rotary = self.rope(inputs)
+        temb_BD, modulation_B6D, context = self._embed(sigma_B, conditions, dtype)
+        h_BSD = self.patch_embedding(inputs).flatten(2).transpose(1, 2).contiguous()
+        h_BSD, tapped = self._blocks(h_BSD, context, modulation_B6D, rotary, taps)
+        return (self._head(h_BSD, temb_BD, inputs.shape[2:]), *tapped)
+
+    def _inputs(self, x_BCthw: Tensor, conditions: Conditions) -> Tensor:
+        """State, mask and known latents along the channels: the order of the stock pipeline's ``prepare_latents``."""
+        known, mask = conditions.known_BCthw, conditions.known_mask_B4thw
+        if known.shape != x_BCthw.shape or mask.shape[2:] != x_BCthw.shape[2:]:
+            raise ShapeError(f"known latents {list(known.shape)} do not fit the state {list(x_BCthw.shape)}")
+        return torch.cat([x_BCthw, mask.to(x_BCthw), known.to(x_BCthw)], dim=1)
+
+    def _embed(
+        self, sigma_B: Tensor, conditions: Conditions, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor | Context]:
+        """Time embedding [B, D], its modulation [B, 6, D], and what cross-attention attends to."""
+        text_BLE, bias_B11L = conditions.text_BLE.to(dtype), None
+        if self._fold_text_padding:
+            text_BLE, bias_B11L = attention.fold_padding(text_BLE, conditions.words_B)
+        else:
+            text_BLE = pad_words(text_BLE, TEXT_TOKENS)
+        sees = self.condition_embedder.image_embedder is not None
+        vision_BNV = conditions.vision_BNV.to(dtype) if sees else None
+        temb_BD, modulation_BD, text_BLD, vision_BND = self.condition_embedder(
+            flow.timestep(sigma_B), text_BLE, vision_BNV
+        )
+        tokens_BLD = text_BLD if vision_BND is None else torch.cat([vision_BND, text_BLD], dim=1)
+        context = tokens_BLD if bias_B11L is None else Context(
+            tokens_BLD, tokens_BLD.shape[1] - text_BLD.shape[1], bias_B11L
+        )
+        return temb_BD, modulation_BD.unflatten(1, (6, -1)), context
+
+    def _blocks(
+        self,
+        h_BSD: Tensor,
+        context: Tensor | Context,
+        modulation_B6D: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        taps: tuple[int, ...],
+    ) -> tuple[Tensor, list[Tensor]]:
+        if bad := [i for i in taps if not 0 <= i < len(self.blocks)]:
+            raise ConfigError(f"taps {bad} are no blocks of this model", fix=f"use 0 to {len(self.blocks) - 1}")
+        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
+        seen = {}
+        for i, block in enumerate(self.blocks):
+            arguments = (h_BSD, context, modulation_B6D, rotary)
+            # Nothing in a block is random, so the generators' states need not be kept for the second pass.
+            h_BSD = (
+                checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
+                if recompute
+                else block(*arguments)
+            )
+            if i in taps:
+                seen[i] = h_BSD
+        return h_BSD, [seen[i] for i in taps]
+
+    def _head(self, h_BSD: Tensor, temb_BD: Tensor, grid: torch.Size) -> Tensor:
+        """Modulate, project and put the patches back: [B, C, t, h, w]."""
+        shift, scale = (self.scale_shift_table + temb_BD[:, None]).chunk(2, dim=1)
+        h_BSD = (self.norm_out(h_BSD.float()) * (1 + scale) + shift).type_as(h_BSD)
+        p = self.config.patch_size
+        cells = [size // step for size, step in zip(grid, p, strict=True)]
+        patches = self.proj_out(h_BSD).reshape(len(h_BSD), *cells, *p, -1)
+        return patches.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
+
+    @property
+    def fold_text_padding(self) -> bool:
+        """Whether one pad stands for all; see :mod:`v4e.models.attention`. Set by :meth:`set_attention`."""
+        return self._fold_text_padding
+
+    def set_attention(self, backend: Backend = "auto", fold_text_padding: bool = False) -> "WanBackbone":
+        """Choose how attention is computed; returns self.
+
+        Raises:
+            ConfigError: the backend is unknown or does not work on this machine.
+        """
+        attention.install(self, backend, fold_text_padding)
+        self._fold_text_padding = fold_text_padding
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "WanBackbone":
+        """Keep the rotary tables in fp32 whatever dtype the module is cast to, as ``from_pretrained`` does."""
+        tables = {name: getattr(self.rope, name) for name in TABLES}
+        super()._apply(fn, recurse)
+        for name, table in tables.items():
+            cast = getattr(self.rope, name)
+            if cast.dtype != table.dtype:
+                setattr(self.rope, name, table.to(cast.device))
+        return self
+
+    def save_stock(
+        self,
+        folder: str | Path,
+        dtype: torch.dtype | None = None,
+        max_shard_size: str = "10GB",
+        state: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Write a folder that plain diffusers loads as ``WanTransformer3DModel``.
+
+        Args:
+            folder: the component's folder, such as ``export/transformer``.
+            dtype: to store in; None keeps each tensor's.
+            state: full tensors, where this module's own are partitioned.
+        """
+        state = self.state_dict() if state is None else state
+        stock = _skeleton(self.config)
+        stock.load_state_dict({k: v.detach().to(dtype or v.dtype) for k, v in state.items()}, assign=True)
+        stock.save_pretrained(folder, max_shard_size=max_shard_size)
+
+
+class Declared(NamedTuple):
+    """The two halves of a :class:`v4e.nouns.Player`: how to build the module, and where its weights come from."""
+
+    build: Callable[[], WanBackbone]
+    weights: Callable[[], Iterator[tuple[str, Tensor]]]
+
+
+def declare(
+    source: str | Path,
+    subfolder: str = "transformer",
+    *,
+    attention: Backend = "auto",
+    fold_text_padding: bool = False,
+    checkpointing: bool = False,
+    as_kind: Kind | None = None,
+    vision_tokens: int = 257,
+) -> Declared:
+    """Declare a Wan of a folder or Hub repository; nothing is built, and only its config is read, until asked.
+
+    Args:
+        source: folder in diffusers layout, or a Hub id.
+        subfolder: the component in it.
+        attention, fold_text_padding, checkpointing: see :class:`WanBackbone`.
+        as_kind: the other architecture, initialised from this one: ``i2v`` drops FLF2V's vision positions,
+            ``flf2v`` adds them as zeros, for 2 * ``vision_tokens`` tokens.
+
+    Raises:
+        CheckpointError: the folder, its config or weights are missing, damaged or of another model.
+    """
+    home = locate(source, [f"{subfolder}/config.json"]) / subfolder
+    stored = read_config(home)
+    config = _config_as(stored, as_kind, vision_tokens)
+
+    def weights() -> Iterator[tuple[str, Tensor]]:
+        folder = locate(source, [f"{subfolder}/*"]) / subfolder
+        tensors = Tensors(folder, ignore=WanBackbone._keys_to_ignore_on_load_unexpected)
+        own, wanted = _shapes(stored), _shapes(config)
+        check(own, tensors.shapes(), str(folder))
+        yield from ((name, tensor) for name, tensor in tensors.stream() if name in wanted)
+        yield from ((name, torch.zeros(wanted[name])) for name in wanted.keys() - own.keys())
+        yield from _tables(config)
+
+    return Declared(_builder(config, attention, fold_text_padding, checkpointing), weights)
+
+
+def fresh(
+    config: Mapping[str, object],
+    seed: int,
+    *,
+    attention: Backend = "auto",
+    fold_text_padding: bool = False,
+    checkpointing: bool = False,
+) -> Declared:
+    """Declare a new Wan with random weights, a pure function of ``seed``, drawn as Wan's authors draw them.
+
+    The velocity is zero at first, because the last layer is: all other gradients start at the second step.
+    """
+
+    def weights() -> Iterator[tuple[str, Tensor]]:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = WanBackbone.from_config(dict(config))
+            _initialise(model)
+        yield from model.named_parameters()
+        yield from _tables(config)
+
+    return Declared(_builder(config, attention, fold_text_padding, checkpointing), weights)
+
+
+def load_backbone(
+    source: str | Path,
+    subfolder: str = "transformer",
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    attention: Backend = "auto",
+    fold_text_padding: bool = False,
+    as_kind: Kind | None = None,
+    vision_tokens: int = 257,
+) -> WanBackbone:
+    """A Wan for inference: on its device, in eval mode, without gradients.
+
+    As with diffusers' ``from_pretrained``, norms, tables and the time embedder stay in fp32 whatever ``dtype`` is.
+    """
+    build, weights = declare(
+        source,
+        subfolder,
+        attention=attention,
+        fold_text_padding=fold_text_padding,
+        as_kind=as_kind,
+        vision_tokens=vision_tokens,
+    )
+    with torch.device("meta"):
+        model = build()
+    for name, tensor in weights():
+        delicate = any(part in name for part in WanBackbone._keep_in_fp32_modules)
+        _assign(model, name, tensor.to(device, torch.float32 if delicate else dtype))
+    return model.requires_grad_(False).eval()
+
+
+def _builder(
+    config: Mapping[str, object], backend: Backend, fold: bool, checkpointing: bool
+) -> Callable[[], WanBackbone]:
+    def build() -> WanBackbone:
+        model = WanBackbone.from_config(dict(config)).set_attention(backend, fold)
+        model.gradient_checkpointing = checkpointing
+        return model
+
+    return build
+
+
+def _config_as(config: dict[str, object], kind: Kind | None, vision_tokens: int) -> dict[str, object]:
+    """The config of the other architecture, if it is another."""
+    positions = config.get("pos_embed_seq_len")
+    if kind is None or (kind == "flf2v") == (positions is not None):
+        return config
+    if config.get("image_dim") is None:
+        raise CheckpointError("the model sees no images, so it cannot become FLF2V")
+    return config | {"pos_embed_seq_len": 2 * vision_tokens if kind == "flf2v" else None}
+
+
+def _skeleton(config: Mapping[str, object]) -> WanTransformer3DModel:
+    """The stock model without memory: names, shapes and the complete config."""
+    with torch.device("meta"):
+        return WanTransformer3DModel.from_config(dict(config))
+
+
+def _shapes(config: Mapping[str, object]) -> dict[str, torch.Size]:
+    return {name: p.shape for name, p in _skeleton(config).named_parameters()}
+
+
+def _tables(config: Mapping[str, object]) -> Iterator[tuple[str, Tensor]]:
+    """The rotary tables, computed on their own: inside zero.Init in bf16 they come out wrong."""
+    c = _skeleton(config).config
+    rope = WanRotaryPosEmbed(c.attention_head_dim, c.patch_size, c.rope_max_seq_len)
+    yield from ((f"rope.{name}", getattr(rope, name)) for name in TABLES)
+
+
+def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Put a tensor in the place of a parameter or buffer on the meta device."""
+    path, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(path)
+    if leaf in owner._parameters:
+        owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    else:
+        owner._buffers[leaf] = tensor
+
+
+@torch.no_grad()
+def _initialise(model: WanBackbone) -> None:
+    """Wan's own initialisation (Wan2.1 ``wan/modules/model.py``, ``init_weights``)."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+    nn.init.xavier_uniform_(model.patch_embedding.weight.flatten(1))
+    embedder = model.condition_embedder
+    for module in (*embedder.text_embedder.modules(), *embedder.time_embedder.modules()):
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=0.02)
+    nn.init.zeros_(model.proj_out.weight)
