@@ -1,0 +1,1 @@
+"""Measuring edits: metrics, the evaluator, and its report."""
