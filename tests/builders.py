@@ -20,7 +20,29 @@ from transformers import (
 )
 
 Kind = Literal["i2v", "flf2v"]
-WORDS = "add remove make replace turn the a sky tree car red blue green dog cat house into with of night snow".split()
+WORDS = [
+    "add",
+    "remove",
+    "make",
+    "replace",
+    "turn",
+    "the",
+    "a",
+    "sky",
+    "tree",
+    "car",
+    "red",
+    "blue",
+    "green",
+    "dog",
+    "cat",
+    "house",
+    "into",
+    "with",
+    "of",
+    "night",
+    "snow",
+]
 C, VISION_TOKENS, VISION_WIDTH, TEXT_WIDTH = 4, 5, 16, 24
 
 WAN = {
@@ -49,9 +71,7 @@ def wan_folder(path: Path, kind: Kind = "i2v", seed: int = 0) -> Path:
             scheduler=UniPCMultistepScheduler(
                 prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=16.0 if kind == "flf2v" else 3.0
             ),
-            image_processor=CLIPImageProcessor(
-                size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
-            ),
+            image_processor=CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
             image_encoder=image_encoder(),
             transformer=transformer(kind),
         )

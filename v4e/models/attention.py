@@ -19,7 +19,7 @@ from torch import Tensor
 from v4e.errors import ConfigError
 from v4e.nouns import TEXT_TOKENS
 
-Backend = Literal["auto", "native", "matmul", "xformers", "flash", "sage"]
+Attention = Literal["auto", "native", "matmul", "xformers", "flash", "sage"]
 PACKAGES = {"xformers": "xformers", "flash": "flash-attn", "sage": "sageattention"}
 
 log = logging.getLogger(__name__)
@@ -98,6 +98,7 @@ class Processor:
             q, k = rotate(q, *rotary_emb), rotate(k, *rotary_emb)
         out = self._attend(q, k, v, context.bias_B11L)
         if context.image_tokens:
+            assert attn.add_k_proj is not None and attn.add_v_proj is not None
             k = attn.norm_added_k(attn.add_k_proj(image_BND)).unflatten(2, (attn.heads, -1))
             out = out + self._attend(q, k, attn.add_v_proj(image_BND).unflatten(2, (attn.heads, -1)))
         return attn.to_out[1](attn.to_out[0](out))
@@ -127,7 +128,7 @@ def _unpack(context: Tensor | Context | None, own_tokens_BSD: Tensor) -> Context
     return Context(context, context.shape[1] - TEXT_TOKENS)
 
 
-def install(model: WanTransformer3DModel, backend: Backend, fold_text_padding: bool) -> None:
+def install(model: WanTransformer3DModel, backend: Attention, fold_text_padding: bool) -> None:
     """Give every attention of ``model`` its processor. Native without folding keeps diffusers' own, to the bit.
 
     Raises:
@@ -136,18 +137,18 @@ def install(model: WanTransformer3DModel, backend: Backend, fold_text_padding: b
     name = resolve(backend)
     if name != "matmul" and not fold_text_padding:
         processor = WanAttnProcessor()
-        processor._attention_backend = AttentionBackendName(name)
+        processor._attention_backend = AttentionBackendName(name)  # pyright: ignore[reportAttributeAccessIssue]
     else:
         processor = Processor(name, biased_backend="matmul" if name == "matmul" else "native")
     for module in model.modules():
         if isinstance(module, WanAttention):
-            module.set_processor(processor)
+            module.set_processor(processor)  # pyright: ignore[reportArgumentType] (the declared union is closed)
 
 
-def resolve(backend: Backend) -> str:
+def resolve(backend: Attention) -> str:
     """The backend to use: ``auto`` is xformers where it works, else native; it says once which."""
-    if backend not in get_args(Backend):
-        raise ConfigError(f"unknown attention backend {backend!r}", fix=f"use one of {', '.join(get_args(Backend))}")
+    if backend not in get_args(Attention):
+        raise ConfigError(f"unknown attention backend {backend!r}", fix=f"use one of {', '.join(get_args(Attention))}")
     if backend == "auto":
         return _automatic()
     if backend in PACKAGES and (fault := _fault(backend)):

@@ -22,16 +22,20 @@ def locate(source: str | Path, patterns: Iterable[str]) -> Path:
         CheckpointError: no such folder, and the Hub does not have it or cannot be reached.
     """
     text = str(source)
+    if not text:
+        raise CheckpointError("no model was named", fix="give a folder in diffusers layout, or a Hub id owner/name")
     folder = Path(text).expanduser()
     if folder.is_dir():
         return folder
     if not HUB_ID.fullmatch(text) or Path(text.split("/")[0]).exists():
-        raise CheckpointError(f"no model folder at {text}", fix="give a folder in diffusers layout, or a Hub id owner/name")
+        raise CheckpointError(
+            f"no model folder at {text}", fix="give a folder in diffusers layout, or a Hub id owner/name"
+        )
     try:
         return Path(snapshot_download(text, allow_patterns=list(patterns)))
     except Exception as error:  # offline, unknown or gated repository: all mean that there are no weights
         raise CheckpointError(
-            f"{text} is no folder here, and the Hub does not give it: {str(error).splitlines()[0]}",
+            f"{text} is no folder here, and the Hub does not give it: {str(error).splitlines()[0].split('. ')[0]}",
             fix="download it with `hf download`, or give a local folder",
         ) from error
 
@@ -93,7 +97,9 @@ def check(wanted: Mapping[str, torch.Size], found: Mapping[str, torch.Size], whe
         CheckpointError: names are missing, unexpected or of another shape; a few of each are listed.
     """
     shared = set(wanted) & set(found)
-    shaped = [f"{name} {list(found[name])} for {list(wanted[name])}" for name in sorted(shared) if found[name] != wanted[name]]
+    shaped = [
+        f"{name} {list(found[name])} for {list(wanted[name])}" for name in sorted(shared) if found[name] != wanted[name]
+    ]
     faults = {
         "missing": sorted(set(wanted) - set(found)),
         "unexpected": sorted(set(found) - set(wanted)),
@@ -112,13 +118,17 @@ def _index(folder: Path) -> dict[str, Path]:
     single = folder / "diffusion_pytorch_model.safetensors"
     if single.is_file():
         with _open(single) as file:
-            return {name: single for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+            return dict.fromkeys(file.keys(), single)  # noqa: SIM118 (safe_open is no mapping)
     index = folder / "diffusion_pytorch_model.safetensors.index.json"
     if not index.is_file():
-        raise CheckpointError("no safetensors weights", where=str(folder), fix="expected diffusion_pytorch_model.safetensors")
+        raise CheckpointError(
+            "no safetensors weights", where=str(folder), fix="expected diffusion_pytorch_model.safetensors"
+        )
     files = {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
     if lost := sorted({file.name for file in files.values() if not file.is_file()}):
-        raise CheckpointError(f"the index names missing shards: {_some(lost)}", where=str(index), fix="download them again")
+        raise CheckpointError(
+            f"the index names missing shards: {_some(lost)}", where=str(index), fix="download them again"
+        )
     return files
 
 
@@ -126,4 +136,6 @@ def _open(path: Path) -> safe_open:
     try:
         return safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"unreadable weights: {error}", where=str(path), fix="download or export them again") from error
+        raise CheckpointError(
+            f"unreadable weights: {error}", where=str(path), fix="download or export them again"
+        ) from error

@@ -6,7 +6,7 @@ N vision tokens, V vision width.
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
 from diffusers import WanTransformer3DModel
@@ -16,12 +16,12 @@ from torch.utils.checkpoint import checkpoint
 
 from v4e import flow
 from v4e.errors import CheckpointError, ConfigError, ShapeError
-from v4e.models import attention
-from v4e.models.attention import Backend, Context
+from v4e.models.attention import Attention, Context, fold_padding, install
 from v4e.models.folder import Tensors, check, locate, read_config
 from v4e.nouns import TEXT_TOKENS, Conditions, pad_words
 
 Kind = Literal["i2v", "flf2v"]
+Wan = TypeVar("Wan", bound=WanTransformer3DModel)
 TABLES = ("freqs_cos", "freqs_sin")
 
 
@@ -66,7 +66,7 @@ class WanBackbone(WanTransformer3DModel):
         """Time embedding [B, D], its modulation [B, 6, D], and what cross-attention attends to."""
         text_BLE, bias_B11L = conditions.text_BLE.to(dtype), None
         if self._fold_text_padding:
-            text_BLE, bias_B11L = attention.fold_padding(text_BLE, conditions.words_B)
+            text_BLE, bias_B11L = fold_padding(text_BLE, conditions.words_B)
         else:
             text_BLE = pad_words(text_BLE, TEXT_TOKENS)
         sees = self.condition_embedder.image_embedder is not None
@@ -75,8 +75,8 @@ class WanBackbone(WanTransformer3DModel):
             flow.timestep(sigma_B), text_BLE, vision_BNV
         )
         tokens_BLD = text_BLD if vision_BND is None else torch.cat([vision_BND, text_BLD], dim=1)
-        context = tokens_BLD if bias_B11L is None else Context(
-            tokens_BLD, tokens_BLD.shape[1] - text_BLD.shape[1], bias_B11L
+        context = (
+            tokens_BLD if bias_B11L is None else Context(tokens_BLD, tokens_BLD.shape[1] - text_BLD.shape[1], bias_B11L)
         )
         return temb_BD, modulation_BD.unflatten(1, (6, -1)), context
 
@@ -108,7 +108,7 @@ class WanBackbone(WanTransformer3DModel):
         """Modulate, project and put the patches back: [B, C, t, h, w]."""
         shift, scale = (self.scale_shift_table + temb_BD[:, None]).chunk(2, dim=1)
         h_BSD = (self.norm_out(h_BSD.float()) * (1 + scale) + shift).type_as(h_BSD)
-        p = self.config.patch_size
+        p = self.config["patch_size"]
         cells = [size // step for size, step in zip(grid, p, strict=True)]
         patches = self.proj_out(h_BSD).reshape(len(h_BSD), *cells, *p, -1)
         return patches.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
@@ -118,13 +118,13 @@ class WanBackbone(WanTransformer3DModel):
         """Whether one pad stands for all; see :mod:`v4e.models.attention`. Set by :meth:`set_attention`."""
         return self._fold_text_padding
 
-    def set_attention(self, backend: Backend = "auto", fold_text_padding: bool = False) -> "WanBackbone":
+    def set_attention(self, backend: Attention = "auto", fold_text_padding: bool = False) -> "WanBackbone":
         """Choose how attention is computed; returns self.
 
         Raises:
             ConfigError: the backend is unknown or does not work on this machine.
         """
-        attention.install(self, backend, fold_text_padding)
+        install(self, backend, fold_text_padding)
         self._fold_text_padding = fold_text_padding
         return self
 
@@ -169,45 +169,45 @@ def declare(
     source: str | Path,
     subfolder: str = "transformer",
     *,
-    attention: Backend = "auto",
+    kind: Kind | None = None,
+    fresh_seed: int | None = None,
+    attention: Attention = "auto",
     fold_text_padding: bool = False,
     checkpointing: bool = False,
-    as_kind: Kind | None = None,
-    vision_tokens: int = 257,
+    vision_tokens: int | None = None,
 ) -> Declared:
     """Declare a Wan of a folder or Hub repository; nothing is built, and only its config is read, until asked.
 
     Args:
         source: folder in diffusers layout, or a Hub id.
         subfolder: the component in it.
+        kind: the architecture wanted; where the source is of the other one, it is initialised from it: ``i2v``
+            drops FLF2V's vision positions, ``flf2v`` adds them as zeros.
+        fresh_seed: keep the architecture alone and draw new weights; see :func:`fresh`.
         attention, fold_text_padding, checkpointing: see :class:`WanBackbone`.
-        as_kind: the other architecture, initialised from this one: ``i2v`` drops FLF2V's vision positions,
-            ``flf2v`` adds them as zeros, for 2 * ``vision_tokens`` tokens.
+        vision_tokens: tokens of one image, where positions are added; None asks the source's image encoder.
 
     Raises:
         CheckpointError: the folder, its config or weights are missing, damaged or of another model.
     """
-    home = locate(source, [f"{subfolder}/config.json"]) / subfolder
-    stored = read_config(home)
-    config = _config_as(stored, as_kind, vision_tokens)
-
-    def weights() -> Iterator[tuple[str, Tensor]]:
-        folder = locate(source, [f"{subfolder}/*"]) / subfolder
-        tensors = Tensors(folder, ignore=WanBackbone._keys_to_ignore_on_load_unexpected)
-        own, wanted = _shapes(stored), _shapes(config)
-        check(own, tensors.shapes(), str(folder))
-        yield from ((name, tensor) for name, tensor in tensors.stream() if name in wanted)
-        yield from ((name, torch.zeros(wanted[name])) for name in wanted.keys() - own.keys())
-        yield from _tables(config)
-
-    return Declared(_builder(config, attention, fold_text_padding, checkpointing), weights)
+    home = locate(source, [f"{subfolder}/config.json", "image_encoder/config.json"])
+    stored = read_config(home / subfolder)
+    config = _config_as(stored, kind, vision_tokens or _vision_tokens(home))
+    if fresh_seed is not None:
+        return fresh(
+            config, fresh_seed, attention=attention, fold_text_padding=fold_text_padding, checkpointing=checkpointing
+        )
+    return Declared(
+        _builder(config, attention, fold_text_padding, checkpointing),
+        lambda: _stored_weights(locate(source, [f"{subfolder}/*"]) / subfolder, stored, config),
+    )
 
 
 def fresh(
     config: Mapping[str, object],
     seed: int,
     *,
-    attention: Backend = "auto",
+    attention: Attention = "auto",
     fold_text_padding: bool = False,
     checkpointing: bool = False,
 ) -> Declared:
@@ -219,9 +219,9 @@ def fresh(
     def weights() -> Iterator[tuple[str, Tensor]]:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = WanBackbone.from_config(dict(config))
+            model = _construct(WanTransformer3DModel, config)
             _initialise(model)
-        yield from model.named_parameters()
+        yield from ((name, p.detach()) for name, p in model.named_parameters())
         yield from _tables(config)
 
     return Declared(_builder(config, attention, fold_text_padding, checkpointing), weights)
@@ -233,23 +233,15 @@ def load_backbone(
     *,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
-    attention: Backend = "auto",
+    kind: Kind | None = None,
+    attention: Attention = "auto",
     fold_text_padding: bool = False,
-    as_kind: Kind | None = None,
-    vision_tokens: int = 257,
 ) -> WanBackbone:
     """A Wan for inference: on its device, in eval mode, without gradients.
 
     As with diffusers' ``from_pretrained``, norms, tables and the time embedder stay in fp32 whatever ``dtype`` is.
     """
-    build, weights = declare(
-        source,
-        subfolder,
-        attention=attention,
-        fold_text_padding=fold_text_padding,
-        as_kind=as_kind,
-        vision_tokens=vision_tokens,
-    )
+    build, weights = declare(source, subfolder, kind=kind, attention=attention, fold_text_padding=fold_text_padding)
     with torch.device("meta"):
         model = build()
     for name, tensor in weights():
@@ -259,10 +251,10 @@ def load_backbone(
 
 
 def _builder(
-    config: Mapping[str, object], backend: Backend, fold: bool, checkpointing: bool
+    config: Mapping[str, object], backend: Attention, fold: bool, checkpointing: bool
 ) -> Callable[[], WanBackbone]:
     def build() -> WanBackbone:
-        model = WanBackbone.from_config(dict(config)).set_attention(backend, fold)
+        model = _construct(WanBackbone, config).set_attention(backend, fold)
         model.gradient_checkpointing = checkpointing
         return model
 
@@ -270,19 +262,43 @@ def _builder(
 
 
 def _config_as(config: dict[str, object], kind: Kind | None, vision_tokens: int) -> dict[str, object]:
-    """The config of the other architecture, if it is another."""
-    positions = config.get("pos_embed_seq_len")
-    if kind is None or (kind == "flf2v") == (positions is not None):
+    """The config of the architecture wanted; a model with vision positions is FLF2V."""
+    if kind is None or (kind == "flf2v") == (config.get("pos_embed_seq_len") is not None):
         return config
     if config.get("image_dim") is None:
-        raise CheckpointError("the model sees no images, so it cannot become FLF2V")
+        raise CheckpointError(f"the model has no image embedder, so it cannot become {kind}")
     return config | {"pos_embed_seq_len": 2 * vision_tokens if kind == "flf2v" else None}
+
+
+def _vision_tokens(home: Path) -> int:
+    """Tokens of one image: patches and a class token, as the source's image encoder makes them; Wan's 257 else."""
+    try:
+        encoder = read_config(home / "image_encoder")
+        return (int(str(encoder["image_size"])) // int(str(encoder["patch_size"]))) ** 2 + 1
+    except (CheckpointError, KeyError):
+        return 257
+
+
+def _stored_weights(folder: Path, stored: dict[str, object], config: dict[str, object]) -> Iterator[tuple[str, Tensor]]:
+    """A folder's tensors, checked against its own config and fitted to the wanted one, then the tables."""
+    tensors = Tensors(folder, ignore=WanTransformer3DModel._keys_to_ignore_on_load_unexpected)
+    own, wanted = _shapes(stored), _shapes(config)
+    check(own, tensors.shapes(), str(folder))
+    yield from ((name, tensor) for name, tensor in tensors.stream() if name in wanted)
+    yield from ((name, torch.zeros(wanted[name])) for name in sorted(wanted.keys() - own.keys()))
+    yield from _tables(config)
+
+
+def _construct(cls: type[Wan], config: Mapping[str, object]) -> Wan:
+    model = cls.from_config(dict(config))
+    assert isinstance(model, cls)  # a tuple only when asked for unused values
+    return model
 
 
 def _skeleton(config: Mapping[str, object]) -> WanTransformer3DModel:
     """The stock model without memory: names, shapes and the complete config."""
     with torch.device("meta"):
-        return WanTransformer3DModel.from_config(dict(config))
+        return _construct(WanTransformer3DModel, config)
 
 
 def _shapes(config: Mapping[str, object]) -> dict[str, torch.Size]:
@@ -292,7 +308,7 @@ def _shapes(config: Mapping[str, object]) -> dict[str, torch.Size]:
 def _tables(config: Mapping[str, object]) -> Iterator[tuple[str, Tensor]]:
     """The rotary tables, computed on their own: inside zero.Init in bf16 they come out wrong."""
     c = _skeleton(config).config
-    rope = WanRotaryPosEmbed(c.attention_head_dim, c.patch_size, c.rope_max_seq_len)
+    rope = WanRotaryPosEmbed(c["attention_head_dim"], c["patch_size"], c["rope_max_seq_len"])
     yield from ((f"rope.{name}", getattr(rope, name)) for name in TABLES)
 
 
@@ -307,7 +323,7 @@ def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
 
 
 @torch.no_grad()
-def _initialise(model: WanBackbone) -> None:
+def _initialise(model: WanTransformer3DModel) -> None:
     """Wan's own initialisation (Wan2.1 ``wan/modules/model.py``, ``init_weights``)."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
