@@ -1,0 +1,1 @@
+"""Samples on disk and the order in which a run meets them."""
