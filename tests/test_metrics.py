@@ -42,9 +42,8 @@ def test_uint8_does_not_wrap_around():
 def test_ssim_is_scikit_images(noise):
     a = photo(1, 40)
     b = (a.int() + torch.randint(-noise, noise + 1, a.shape)).clamp(0, 255).to(torch.uint8)
-    theirs = structural_similarity(
-        a.numpy(), b.numpy(), gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=255, channel_axis=0
-    )
+    settings = {"sigma": 1.5, "use_sample_covariance": False, "data_range": 255, "channel_axis": 0}
+    theirs = structural_similarity(a.numpy(), b.numpy(), gaussian_weights=True, **settings)
     assert metrics.ssim(a, b) == pytest.approx(theirs, abs=1e-9)
 
 
