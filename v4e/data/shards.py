@@ -5,10 +5,6 @@ A folder holds, for each shard, ``NAME.tar``, ``NAME.index.json`` (where each me
 it is whole. The hashes form a chain: manifest -> index -> member. ``docs/shards.md`` has the format in full.
 """
 
-import errno
-import fcntl
-import hashlib
-import io
 import json
 import os
 import re
@@ -17,29 +13,34 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Literal
+from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
-from torch import Tensor
 
-from v4e.errors import ConfigError, DataError, V4EError
-from v4e.nouns import Clip, Encoded, Grid, Origin, Rollout, Sample
+from v4e.data.disk import (
+    TEMPORARY,
+    digest_of,
+    hash_of,
+    lock,
+    plain_folder,
+    read_bytes,
+    readable,
+    settle,
+    to_json,
+    writable,
+    write_atomically,
+)
+from v4e.data.members import MEMBERS, PICTURES, check_key, pack, unpack
+from v4e.errors import ConfigError, DataError
+from v4e.nouns import Grid, Sample
 
 FORMAT = 1
-MEMBERS = ("json", "source.png", "target.png", "encoded.safetensors", "rollout.safetensors")
-PICTURES = ("source.png", "target.png")
-KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,75}")  # with its longest ending a name fits tar's 100 bytes
 SHARD = re.compile(r"\d{3,}-\d{6,}\.tar")
-PRECISE = ("sigma_K",)  # stored as fp32 whatever the set's dtype: solver levels differ in their last digits
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 BLOCK = tarfile.BLOCKSIZE
+_REDO = "copy it again, or delete this shard, its index and manifest.json and run the command that wrote the set again"
 
 Setting = str | int | float | bool
 
@@ -72,7 +73,7 @@ class SetMeta:
     @staticmethod
     def from_dict(values: Mapping, where: str) -> "SetMeta":
         """Inverse of :meth:`to_dict`; DataError when it is not one."""
-        with _readable(where):
+        with readable(where):
             student, teacher = _grid(values["student"]), values["teacher"]
             return SetMeta(str(values["kind"]), student, teacher and _grid(teacher), dict(values["settings"]))
 
@@ -105,7 +106,7 @@ class Index:
 
     def __init__(self, path: Path) -> None:
         self.where, self.bytes = str(path), 0
-        with _readable(self.where):
+        with readable(self.where):
             body = json.loads(read_bytes(path))
             rows, self.bytes = body["samples"], int(body["bytes"])
             self.keys = [str(key) for key, _ in rows]
@@ -168,13 +169,15 @@ class ShardWriter:
             raise ConfigError(f"samples_per_shard = {samples_per_shard} must be at least 1")
         self.folder, self.meta, self.dtype, self.part = plain_folder(folder), meta, dtype, part
         self.samples_per_shard, self.max_bytes, self._manifest = samples_per_shard, max_bytes, manifest
-        with _disk(self.folder):
+        with writable(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(self.folder / f".lock-{part:03d}")
-        self._agree(samples_per_shard, max_bytes, str(dtype))
-        self._drop_unfinished()
-        self.done = {key for shard in finished(self.folder) for key in Index(_index_path(self.folder / shard)).keys}
+        self._lock = lock(self.folder / f".lock-{part:03d}")
         self._shard: _Shard | None = None
+        with self._dropping_on_error():
+            self._agree({"samples_per_shard": samples_per_shard, "max_bytes": max_bytes, "dtype": str(dtype)})
+            self._finished = set(finished(self.folder))
+            self._drop_unfinished()
+            self.done = {key for name in self._finished for key in Index(index_path(self.folder / name)).keys}
 
     def __enter__(self) -> "ShardWriter":
         return self
@@ -207,6 +210,7 @@ class ShardWriter:
         if self._shard:
             with self._dropping_on_error():
                 self._shard.finish()
+            self._finished.add(self._shard.path.name)
             self._shard = None
 
     def close(self) -> None:
@@ -228,18 +232,16 @@ class ShardWriter:
 
     def _begin(self) -> "_Shard":
         (self.folder / "manifest.json").unlink(missing_ok=True)  # the set is growing: no longer whole
-        taken = set(finished(self.folder))
-        number = next(n for n in range(len(taken) + 1) if _shard_name(self.part, n) not in taken)
-        return _Shard(self.folder / _shard_name(self.part, number))
+        names = (f"{self.part:03d}-{number:06d}.tar" for number in range(len(self._finished) + 1))
+        return _Shard(self.folder / next(name for name in names if name not in self._finished))
 
-    def _agree(self, samples_per_shard: int, max_bytes: int, dtype: str) -> None:
+    def _agree(self, layout: Mapping[str, Setting]) -> None:
         """Refuse to go on with other settings; write them down when this is the beginning."""
         path = self.folder / "settings.json"
-        layout = {"samples_per_shard": samples_per_shard, "max_bytes": max_bytes, "dtype": dtype}
         now = json.loads(to_json({**self.meta.to_dict(), "layout": layout}))
         if not path.exists():
             return write_atomically(path, to_json(now))
-        with _readable(str(path)):
+        with readable(str(path)):
             before = json.loads(read_bytes(path))
         if changed := sorted(_differences(before, now)):
             raise DataError(
@@ -251,19 +253,18 @@ class ShardWriter:
 
     def _drop_unfinished(self) -> None:
         """Remove what a killed writer of this part left: temporary files, and tars whose index never came."""
-        keep = set(finished(self.folder))
-        for path in self.folder.glob(f".tmp-{self.part:03d}-*"):
+        for path in self.folder.glob(f"{TEMPORARY}{self.part:03d}-*"):
             path.unlink()
         for path in self.folder.glob(f"{self.part:03d}-*.tar"):
-            if path.name not in keep:
+            if path.name not in self._finished:
                 path.unlink()
-                _index_path(path).unlink(missing_ok=True)
+                index_path(path).unlink(missing_ok=True)
 
     @contextmanager
     def _dropping_on_error(self) -> Iterator[None]:
         """A shard that could not be written whole must not be gone on with."""
         try:
-            with _disk(self.folder):
+            with writable(self.folder):
                 yield
         except BaseException:
             self.abandon()
@@ -278,7 +279,7 @@ class _Shard:
         self._rows: list[list[object]] = []
         self._counts, self._tasks = Counter[str](), Counter[str]()
         self._began = time.monotonic()
-        self._temporary = path.with_name(f".tmp-{path.name}")
+        self._temporary = path.with_name(f"{TEMPORARY}{path.name}")
         self._file = open(self._temporary, "wb", buffering=1 << 20)  # noqa: SIM115  (closed by finish or drop)
 
     def __len__(self) -> int:
@@ -295,12 +296,11 @@ class _Shard:
         """Tar, then index: the index is what says that the shard is whole."""
         self._file.write(bytes(2 * BLOCK))
         self.size += 2 * BLOCK
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        settle(self._file)
         self._file.close()
         os.replace(self._temporary, self.path)
         write_atomically(self.path.with_name(f"{self.path.stem}_stats.json"), to_json(self._stats()))
-        write_atomically(_index_path(self.path), to_json({"format": FORMAT, "bytes": self.size, "samples": self._rows}))
+        write_atomically(index_path(self.path), to_json({"format": FORMAT, "bytes": self.size, "samples": self._rows}))
 
     def drop(self) -> None:
         """Take away all traces; a full disk may also have stopped the index after the tar."""
@@ -341,11 +341,11 @@ def finish(folder: str | Path) -> "ShardSet":
     settings = folder / "settings.json"
     if not settings.is_file():
         raise DataError("no set was begun here", where=str(folder), fix="write shards first, with v4e-shards rollout")
-    with _readable(str(settings)):
+    with readable(str(settings)):
         meta = SetMeta.from_dict(json.loads(read_bytes(settings)), str(settings))
-    indexes = {name: Index(_index_path(folder / name)) for name in finished(folder)}
+    indexes = {name: Index(index_path(folder / name)) for name in finished(folder)}
     refuse_doubles({name: index.keys for name, index in indexes.items()}, folder)
-    shards = [ShardInfo(n, len(i), i.bytes, hash_of(read_bytes(_index_path(folder / n)))) for n, i in indexes.items()]
+    shards = [ShardInfo(n, len(i), i.bytes, hash_of(read_bytes(index_path(folder / n)))) for n, i in indexes.items()]
     manifest = {
         "format": FORMAT,
         **meta.to_dict(),
@@ -353,9 +353,9 @@ def finish(folder: str | Path) -> "ShardSet":
         "samples": sum(s.samples for s in shards),
         "shards": [asdict(s) for s in shards],
     }
-    with _disk(folder):
+    with writable(folder):
         write_atomically(folder / "manifest.json", to_json(manifest, indent=1))
-        for rest in folder.glob(".tmp-*"):
+        for rest in folder.glob(f"{TEMPORARY}*"):
             rest.unlink()
     return ShardSet.open(folder)
 
@@ -370,7 +370,7 @@ class ShardSet:
 
     def __init__(self, folder: Path, meta: SetMeta, shards: Sequence[ShardInfo]) -> None:
         self.folder, self.meta, self.shards = folder, meta, tuple(shards)
-        self.indexes = [Index(_index_path(folder / s.name)) for s in shards]
+        self.indexes = [Index(index_path(folder / s.name)) for s in shards]
         self._starts = np.cumsum([0, *(len(i) for i in self.indexes)])
         self.keys: list[str] = [key for index in self.indexes for key in index.keys]
 
@@ -388,7 +388,7 @@ class ShardSet:
         """
         folder = plain_folder(folder)
         body = _manifest(folder)
-        with _readable(str(folder / "manifest.json")):
+        with readable(str(folder / "manifest.json")):
             shards = [ShardInfo(**s) for s in body["shards"]]
             meta = SetMeta.from_dict(body, str(folder / "manifest.json"))
         for shard in shards:
@@ -435,73 +435,6 @@ class ShardSet:
         return unpack(self.keys[i], {k: m for k in kinds if (m := self.raw(i, k)) is not None}, self.place(i))
 
 
-def pack(sample: Sample, dtype: torch.dtype = torch.bfloat16) -> dict[str, bytes]:
-    """A sample's members, in the order they are written.
-
-    Raises:
-        DataError: a tensor is not finite.
-    """
-    tensors = {name: _stored(part, dtype) for name, part in _parts(sample).items()}
-    for name, part in tensors.items():
-        _refuse_nonfinite(part, f"key {sample.key}.{name}")
-    members = {"json": to_json(_describe(sample, tensors))}
-    for kind, clip in zip(PICTURES, (sample.source, sample.target), strict=True):
-        if clip is not None:
-            members[kind] = to_png(clip)
-    return members | {f"{name}.safetensors": save_tensors(part) for name, part in tensors.items()}
-
-
-def unpack(key: str, members: Mapping[str, bytes], where: str) -> Sample:
-    """The sample that :func:`pack` took apart.
-
-    Raises:
-        DataError: a member cannot be read, or a field is missing.
-    """
-    with _readable(where):
-        words = json.loads(members["json"])
-        encoded, rollout = members.get("encoded.safetensors"), members.get("rollout.safetensors")
-        source, target = (members.get(kind) for kind in PICTURES)
-        return Sample(
-            key=key,
-            instruction=words["instruction"],
-            evolution=words["evolution"],
-            source=from_png(source) if source else None,
-            target=from_png(target) if target else None,
-            encoded=Encoded(**load_tensors(encoded)) if encoded else None,
-            rollout=Rollout(**load_tensors(rollout)) if rollout else None,
-            task=words["task"],
-            origin=Origin(**words["origin"]),
-        )
-
-
-def to_png(clip: Clip) -> bytes:
-    """An image (T = 1) as PNG, lightly compressed: photographs gain little from more."""
-    buffer = io.BytesIO()
-    Image.fromarray(clip.frames_T3HW[0].permute(1, 2, 0).numpy()).save(buffer, "PNG", compress_level=1)
-    return buffer.getvalue()
-
-
-def from_png(content: bytes) -> Clip:
-    """An image (T = 1) from PNG bytes."""
-    picture = np.array(Image.open(io.BytesIO(content)).convert("RGB"))
-    return Clip(torch.from_numpy(picture).permute(2, 0, 1)[None].contiguous())
-
-
-def hash_of(content: bytes) -> str:
-    """blake2b, 32 hex digits: about 1 GB/s, so every read can afford the strong hash."""
-    return hashlib.blake2b(content, digest_size=16).hexdigest()
-
-
-def check_key(key: str, where: str) -> None:
-    """Refuse a key that could not be a file's name in a tar, or that webdataset would split."""
-    if not KEY.fullmatch(key):
-        raise DataError(
-            f"key {key!r} is no legal name",
-            where=where,
-            fix="use at most 76 ASCII letters, digits, _ and -, the first a letter or digit",
-        )
-
-
 def refuse_doubles(keys: Mapping[str, Sequence[str]], folder: Path) -> None:
     """DataError naming a key that two samples share, and their shards."""
     seen: dict[str, str] = {}
@@ -517,76 +450,6 @@ def finished(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.glob("*.tar") if SHARD.fullmatch(path.name) and _is_whole(path))
 
 
-def plain_folder(folder: str | Path) -> Path:
-    """A local path; webdataset's ``pipe:`` and other URLs would run a shell or a download, and are refused."""
-    if re.match(r"\s*(pipe:|[a-z][a-z0-9+.-]*://)", str(folder)):
-        raise DataError("a shard folder is a local path, not a URL", where=str(folder), fix="copy the set here first")
-    return Path(folder)
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file that is seen whole or not at all, even after a power cut."""
-    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")  # several writers may begin one folder at once
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
-
-
-def read_bytes(path: Path) -> bytes:
-    """A file's content; DataError when it cannot be read."""
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise DataError(f"cannot be read: {error.strerror}", where=str(path)) from error
-
-
-def to_json(value: object, indent: int | None = None) -> bytes:
-    """Deterministic UTF-8 json."""
-    separators = None if indent else (",", ":")
-    return json.dumps(value, ensure_ascii=False, indent=indent, separators=separators, allow_nan=False).encode()
-
-
-def _parts(sample: Sample) -> dict[str, Encoded | Rollout]:
-    both = {"encoded": sample.encoded, "rollout": sample.rollout}
-    return {name: part for name, part in both.items() if part is not None}
-
-
-def _stored(part: Encoded | Rollout, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Tensors as they are written; copies, since safetensors refuses tensors that share memory."""
-    return {f.name: _cast(f.name, getattr(part, f.name), dtype) for f in fields(part)}
-
-
-def _cast(name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
-    kind = x.dtype if not x.is_floating_point() else torch.float32 if name in PRECISE else dtype
-    return x.detach().to("cpu", kind, copy=True, memory_format=torch.contiguous_format)
-
-
-def _refuse_nonfinite(tensors: Mapping[str, Tensor], where: str) -> None:
-    for name, x in tensors.items():
-        if not x.sum().isfinite() and not x.isfinite().all():  # the sum is four times faster and rarely overflows
-            raise DataError(f"tensor {name} is not finite in the stored type {x.dtype}", where=where)
-
-
-def _describe(sample: Sample, tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, object]:
-    return {
-        "instruction": sample.instruction,
-        "evolution": sample.evolution,
-        "task": sample.task,
-        "origin": asdict(sample.origin),
-        "tensors": {
-            name: {k: {"dtype": str(x.dtype).removeprefix("torch."), "shape": list(x.shape)} for k, x in part.items()}
-            for name, part in tensors.items()
-        },
-    }
-
-
 def _grid(values: Mapping) -> Grid:
     return Grid(values["T"], values["H"], values["W"], tuple(values["stride"]), tuple(values["patch"]))
 
@@ -599,7 +462,7 @@ def _manifest(folder: Path) -> dict:
         raise DataError(
             "no manifest.json, the set is unfinished", where=str(folder), fix="run again the command that wrote it"
         )
-    with _readable(str(path)):
+    with readable(str(path)):
         body = json.loads(read_bytes(path))
         known = body["format"]
     if known != FORMAT:
@@ -613,14 +476,11 @@ def _check_shard(folder: Path, shard: ShardInfo, verify: str) -> None:
         raise DataError(f"{shard.name!r} is no shard's name", where=str(folder / "manifest.json"))
     if verify == "none":
         return
-    if hash_of(read_bytes(_index_path(path))) != shard.index:
-        raise DataError("the index is not the one the manifest names", where=str(_index_path(path)), fix=_REDO)
+    if hash_of(read_bytes(index_path(path))) != shard.index:
+        raise DataError("the index is not the one the manifest names", where=str(index_path(path)), fix=_REDO)
     if not path.is_file() or (size := path.stat().st_size) != shard.bytes:
         found = f"{size} bytes" if path.is_file() else "missing"
         raise DataError(f"the shard should have {shard.bytes} bytes but is {found}", where=str(path), fix=_REDO)
-
-
-_REDO = "copy it again, or delete this shard, its index and manifest.json and run the command that wrote the set again"
 
 
 def _read_member(path: Path, member: Member, where: str) -> bytes:
@@ -632,22 +492,19 @@ def _read_member(path: Path, member: Member, where: str) -> bytes:
         raise DataError(f"cannot be read: {error.strerror}", where=where) from error
     if len(content) != member.size:
         raise DataError(f"the shard is cut short: {len(content)} of {member.size} bytes", where=where, fix=_REDO)
-    if hashlib.blake2b(content, digest_size=16).digest() != member.hash:
+    if digest_of(content) != member.hash:
         raise DataError("its bytes are not those that were written", where=where, fix=_REDO)
     return content
 
 
-def _shard_name(part: int, number: int) -> str:
-    return f"{part:03d}-{number:06d}.tar"
-
-
-def _index_path(tar: Path) -> Path:
+def index_path(tar: Path) -> Path:
+    """Where a shard's index lies."""
     return tar.with_suffix(".index.json")
 
 
 def _is_whole(tar: Path) -> bool:
     try:
-        return json.loads(_index_path(tar).read_bytes())["bytes"] == tar.stat().st_size
+        return json.loads(index_path(tar).read_bytes())["bytes"] == tar.stat().st_size
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -659,44 +516,3 @@ def _differences(before: object, now: object, at: str = "") -> Iterator[str]:
             yield from _differences(before.get(key), now.get(key), f"{at}.{key}".lstrip("."))
     elif before != now:
         yield f"{at} was {before!r} and is now {now!r}"
-
-
-def _lock(path: Path) -> IO[bytes]:
-    """Held until closed; the kernel lets it go when a writer is killed."""
-    file = open(path, "ab")  # noqa: SIM115  (held by the writer)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        file.close()
-        raise DataError("another writer is at work here", where=str(path.parent), fix="wait for it") from error
-    return file
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-@contextmanager
-def _disk(folder: Path) -> Iterator[None]:
-    """A full or failing disk, in the user's words."""
-    try:
-        yield
-    except OSError as error:
-        full = error.errno in NO_ROOM
-        what = "the disk is full; the shard begun is lost, finished ones are safe" if full else f"cannot write: {error}"
-        raise DataError(what, where=str(folder), fix="make room and run the same command again" * full) from error
-
-
-@contextmanager
-def _readable(where: str) -> Iterator[None]:
-    """Whatever a parser says of broken content, as one DataError that names the file."""
-    try:
-        yield
-    except V4EError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError, OSError, SafetensorError) as error:
-        raise DataError(f"not readable: {type(error).__name__}: {error}", where=where) from error

@@ -1,0 +1,118 @@
+"""Files that are seen whole or not at all, and disk troubles in the user's words."""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from safetensors import SafetensorError
+
+from v4e.errors import DataError, V4EError
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+TEMPORARY = ".tmp-"  # what a killed writer leaves begins with this
+
+
+def plain_folder(folder: str | Path) -> Path:
+    """A local path; webdataset's ``pipe:`` and other URLs would run a shell or a download, and are refused."""
+    if re.match(r"\s*(pipe:|[a-z][a-z0-9+.-]*://)", str(folder)):
+        raise DataError("a shard folder is a local path, not a URL", where=str(folder), fix="copy the set here first")
+    return Path(folder)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file that is seen whole or not at all, even after a power cut."""
+    temporary = path.with_name(f"{TEMPORARY}{path.name}-{os.getpid()}")  # two writers may begin one folder at once
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            settle(file)
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def settle(file: IO[bytes]) -> None:
+    """Return when what was written is on the disk and not only in memory."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder outlast a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def read_bytes(path: Path) -> bytes:
+    """A file's content; DataError when it cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror}", where=str(path)) from error
+
+
+def to_json(value: object, indent: int | None = None) -> bytes:
+    """Deterministic UTF-8 json."""
+    separators = None if indent else (",", ":")
+    return json.dumps(value, ensure_ascii=False, indent=indent, separators=separators, allow_nan=False).encode()
+
+
+def digest_of(content: bytes) -> bytes:
+    """blake2b, 16 bytes: about 1 GB/s on one core, so every read can afford the strong hash."""
+    return hashlib.blake2b(content, digest_size=16).digest()
+
+
+def hash_of(content: bytes) -> str:
+    """:func:`digest_of` as 32 hex digits."""
+    return digest_of(content).hex()
+
+
+def lock(path: Path) -> IO[bytes]:
+    """Take a lock until the file is closed; the kernel lets it go when its holder is killed.
+
+    Raises:
+        DataError: somebody else holds it.
+    """
+    file = open(path, "ab")  # noqa: SIM115  (held by the caller)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        raise DataError("another writer is at work here", where=str(path.parent), fix="wait for it") from error
+    return file
+
+
+@contextmanager
+def writable(folder: Path) -> Iterator[None]:
+    """A full or failing disk as one DataError that names the folder."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in NO_ROOM
+        what = (
+            "the disk is full; what was begun is lost, what was finished is safe" if full else f"cannot write: {error}"
+        )
+        raise DataError(what, where=str(folder), fix="make room and run the same command again" * full) from error
+
+
+@contextmanager
+def readable(where: str) -> Iterator[None]:
+    """Whatever a parser says of broken content, as one DataError that names the file."""
+    try:
+        yield
+    except V4EError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, SyntaxError, SafetensorError) as error:
+        raise DataError(f"not readable: {type(error).__name__}: {error}", where=where) from error
