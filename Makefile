@@ -1,0 +1,42 @@
+# Every target creates .venv when it is missing: make demo | test | test-slow | checks | nano | ablate
+# On a machine without a GPU, TORCH_INDEX=https://download.pytorch.org/whl/cpu saves 2 GB of download.
+PYTHON ?= python3
+TORCH_INDEX ?=
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+READY := $(VENV)/.installed
+
+.PHONY: demo test test-slow checks nano ablate
+.DELETE_ON_ERROR:
+
+demo: $(READY)
+	$(BIN)/v4e demo $(ARGS)
+
+test: $(READY)
+	$(BIN)/python -m pytest $(ARGS)
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+checks: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest tests/test_house.py
+
+nano: $(READY)
+	$(BIN)/python -m data_tools.nano $(ARGS)
+
+ablate: $(READY)
+	$(BIN)/v4e ablate $(ARGS)
+
+$(READY): constraints.txt setup.py
+	$(PYTHON) -c 'import sys; sys.exit("v4e needs Python 3.11 or newer: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(shell grep '^torch==' constraints.txt)
+	$(PIP) install -r constraints.txt
+	$(PIP) install --no-deps --no-build-isolation -e .
+	touch $@
