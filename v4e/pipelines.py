@@ -1,0 +1,477 @@
+"""Pipelines in the manner of diffusers: EditPipeline (few-step student) and TeacherPipeline (FLF2V roll-out).
+
+Both are stock ``WanImageToVideoPipeline`` folders with a Backbone for a transformer: they load what diffusers loads,
+and what they save, diffusers loads. Unlike the stock pipeline they take batches of *different* images.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers import UniPCMultistepScheduler, WanImageToVideoPipeline
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from v4e import flow
+from v4e.errors import CheckpointError, DataError
+from v4e.models.attention import Attention
+from v4e.models.codec import WanCodec
+from v4e.models.folder import locate
+from v4e.models.wan import WanBackbone, load_backbone
+from v4e.nouns import Clip, Conditions, Grid
+from v4e.verbs import Backbone
+
+CARD = "v4e.json"
+MODEL_INDEX = "model_index.json"
+CODEC_PARTS = ("vae", "text_encoder", "tokenizer", "image_encoder", "image_processor")
+STOCK_TRANSFORMER = ["diffusers", "WanTransformer3DModel"]
+Solver = Literal["unipc", "euler"]
+
+
+@dataclass(frozen=True)
+class Card:
+    """How a model wants to be asked: ``v4e.json`` in its folder. The defaults are Wan2.1's at 480P.
+
+    Args:
+        frames: clip length in pixel frames.
+        sizes: (height, width) in pixels it was trained at; a photograph takes the one of nearest shape.
+        shift: of the few-step grid.
+        steps: fewest steps it was trained for that are recommended.
+        guidance: scale; 1 where guidance is distilled into the model.
+    """
+
+    frames: int = 5
+    sizes: tuple[tuple[int, int], ...] = ((480, 832), (832, 480), (624, 624), (544, 720), (720, 544))
+    shift: float = 3.0
+    steps: int = 4
+    guidance: float = 1.0
+
+    @staticmethod
+    def read(folder: Path) -> "Card":
+        """The card of a folder; the defaults where it has none.
+
+        Raises:
+            CheckpointError: the card is no JSON object with these fields.
+        """
+        path = folder / CARD
+        if not path.is_file():
+            return Card()
+        try:
+            values = json.loads(path.read_text())
+            return Card(**values | {"sizes": tuple((int(h), int(w)) for h, w in values["sizes"])})
+        except (ValueError, TypeError, KeyError) as error:
+            raise CheckpointError(f"no model card: {error}", where=str(path), fix="export the model again") from error
+
+    def write(self, folder: Path) -> None:
+        """Put the card into a folder."""
+        (folder / CARD).write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+    def size_for(self, height: int, width: int) -> tuple[int, int]:
+        """The trained (height, width) whose shape is nearest to a photograph's."""
+        wanted = torch.tensor(height / width).log()
+        return min(self.sizes, key=lambda size: abs(torch.tensor(size[0] / size[1]).log() - wanted).item())
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Classifier-free guidance with ``scale`` at noise levels from ``low`` to ``high``, and none elsewhere.
+
+    An interval saves forwards and keeps early steps from over-saturating (arXiv 2404.07724).
+    """
+
+    scale: float = 1.0
+    low: float = 0.0
+    high: float = 1.0
+
+    def at(self, sigma: float) -> float:
+        return self.scale if self.low <= sigma <= self.high else 1.0
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """A batch's way from noise to data: at every stop the state fed to the model and the guided velocity there.
+
+    Args:
+        sigma_K: noise levels, fp32, falling.
+        x_BKCthw, v_BKCthw: fp32.
+        end_BCthw: the clean end.
+    """
+
+    sigma_K: Tensor
+    x_BKCthw: Tensor
+    v_BKCthw: Tensor
+    end_BCthw: Tensor
+
+
+# ------------------------------------------------------------------------------------------------- solvers
+
+
+def few_step_scheduler(shift: float) -> UniPCMultistepScheduler:
+    """Euler on the rectified flow, spelled as a stock UniPC: order 1, no corrector; its levels are flow.time_grid's."""
+    return UniPCMultistepScheduler(
+        prediction_type="flow_prediction",
+        use_flow_sigmas=True,
+        flow_shift=shift,
+        solver_order=1,
+        disable_corrector=list(range(flow.TRAIN_STEPS)),
+    )
+
+
+def scheduler_at(base: UniPCMultistepScheduler, solver: Solver, levels: Tensor) -> UniPCMultistepScheduler:
+    """A scheduler that stops exactly at ``levels`` [K + 1], falling to 0.
+
+    ``set_timesteps`` would shift the levels it is given, so the shift, already in them, is set to 1.
+    """
+    plain = {"flow_shift": 1.0, "use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+    euler = {"solver_order": 1, "disable_corrector": list(range(flow.TRAIN_STEPS))} if solver == "euler" else {}
+    scheduler: Any = UniPCMultistepScheduler.from_config(base.config, **plain, **euler)
+    scheduler.set_timesteps(sigmas=levels[:-1].double().numpy())
+    scheduler.set_begin_index(0)  # levels may share an integer timestep, and it would look itself up by that
+    return scheduler
+
+
+Watch = Callable[[float, Tensor, Tensor], None]
+
+
+@torch.no_grad()
+def denoise(
+    backbone: Backbone,
+    scheduler: UniPCMultistepScheduler,
+    x_BCthw: Tensor,
+    conditions: Conditions,
+    null: Conditions | None,
+    guidance: Guidance,
+    watch: Watch = lambda sigma, x_BCthw, v_BCthw: None,
+) -> Tensor:
+    """From noise to data [B, C, t, h, w], by a scheduler whose timesteps are set; the stock pipeline's loop.
+
+    Args:
+        null: the same conditions under the empty prompt; None where nothing is guided.
+        watch: told the noise level, the state fed to the model and the guided velocity of every step.
+    """
+    for sigma, t in zip(scheduler.sigmas[:-1].tolist(), scheduler.timesteps, strict=True):
+        v_BCthw = _guided(backbone, x_BCthw, fed_level(sigma, int(t)), conditions, null, guidance.at(sigma))
+        watch(sigma, x_BCthw, v_BCthw)
+        x_BCthw = scheduler.step(v_BCthw, t, x_BCthw, return_dict=False)[0]
+    return x_BCthw
+
+
+def fed_level(sigma: float, timestep: int) -> float:
+    """The noise level itself, or, where rounding would make another integer timestep of it than stock's, the middle of
+    that timestep."""
+    same = flow.timestep(torch.tensor(sigma)).item() == timestep
+    return sigma if same else (timestep + 0.5) / flow.TRAIN_STEPS
+
+
+def _guided(
+    backbone: Backbone, x_BCthw: Tensor, sigma: float, conditions: Conditions, null: Conditions | None, scale: float
+) -> Tensor:
+    sigma_B = torch.full((x_BCthw.shape[0],), sigma, device=x_BCthw.device)
+    v = backbone(x_BCthw, sigma_B, conditions)[0]
+    if null is None or scale <= 1:
+        return v
+    return flow.guide(v, backbone(x_BCthw, sigma_B, null)[0], scale)
+
+
+def noise_of(seeds: Sequence[int], *shape: int) -> Tensor:
+    """Standard normal noise [B, *shape], fp32: each sample from its own CPU generator, as in the stock pipeline."""
+    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+
+# ----------------------------------------------------------------------------------------------- pipelines
+
+
+class WanPipeline(WanImageToVideoPipeline):
+    """What both pipelines share: a stock folder's components, a Backbone in place of its transformer, and its card."""
+
+    card = Card()
+    attention: Attention = "auto"
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        *,
+        dtype: torch.dtype = torch.float32,
+        attention: Attention = "auto",
+        transformer: WanBackbone | None = None,
+    ):
+        """Load a folder in diffusers layout, or a Hub id: v4e's own export or any stock Wan2.1 I2V or FLF2V.
+
+        Args:
+            dtype: of transformer and text encoder; the VAE and the vision encoder stay in fp32, as diffusers advises.
+            transformer: use this one instead of the folder's.
+
+        Raises:
+            CheckpointError: the folder or one of its components is missing or damaged.
+        """
+        backbone = transformer or load_backbone(source, dtype=dtype, attention=attention)
+        dtypes = {"vae": torch.float32, "image_encoder": torch.float32, "default": dtype}
+        try:
+            pipeline = super().from_pretrained(str(source), transformer=backbone, torch_dtype=dtypes)
+        except (OSError, ValueError, TypeError) as error:
+            raise CheckpointError(
+                f"not a Wan pipeline: {str(error).splitlines()[0]}", where=str(source), fix="give a diffusers folder"
+            ) from error
+        pipeline.card, pipeline.attention = Card.read(locate(source, [CARD])), attention
+        return pipeline
+
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Write a folder that stock diffusers and ``from_pretrained`` load."""
+        parts: dict[str, Any] = self.components | {"transformer": None}
+        WanImageToVideoPipeline(**parts).save_pretrained(folder)
+        self.backbone.save_stock(Path(folder) / "transformer", dtype)
+        name_stock_classes(Path(folder))
+        self.card.write(Path(folder))
+
+    @property
+    def backbone(self) -> WanBackbone:
+        return self.transformer
+
+    @property
+    def codec(self) -> WanCodec:
+        """Pixels to latents and embeddings, by this pipeline's own components, wherever they are now."""
+        codec = WanCodec(self.name_or_path, self._execution_device)
+        vars(codec).update({part: getattr(self, part) for part in CODEC_PARTS})
+        return codec
+
+    def told(
+        self, first: Sequence[Clip], texts: Sequence[str], grid: Grid, last: Sequence[Clip] | None = None
+    ) -> Conditions:
+        """Encode what the model is told of a batch."""
+        codec = self.codec
+        seen = None if last is None else codec.look(last)
+        return codec.conditions(codec.read(texts), codec.look(first), codec.known(first, grid, last), grid, seen)
+
+    def grid(self, frames: int, size: tuple[int, int]) -> Grid:
+        """The latent grid of a clip.
+
+        Raises:
+            ShapeError: this model cannot make clips of that size.
+        """
+        return self.codec.grid(frames, *size)
+
+    def null_of(self, conditions: Conditions) -> Conditions:
+        """The same conditions under the empty prompt."""
+        text_LE = self.codec.read([""])[0].to(conditions.text_BLE)
+        words_B = torch.full_like(conditions.words_B, text_LE.shape[0])
+        return replace(conditions, text_BLE=text_LE.expand(len(words_B), -1, -1), words_B=words_B)
+
+    def _noise(self, seeds: Sequence[int], grid: Grid) -> Tensor:
+        return noise_of(seeds, self.vae.config.z_dim, grid.t, grid.h, grid.w).to(self._execution_device)
+
+
+def name_stock_classes(folder: Path) -> None:
+    """Make ``model_index.json`` name the stock pipeline and transformer, which the folder holds."""
+    path = folder / MODEL_INDEX
+    index = json.loads(path.read_text()) | {"transformer": STOCK_TRANSFORMER}
+    path.write_text(json.dumps(index | {"_class_name": "WanImageToVideoPipeline"}, indent=2) + "\n")
+
+
+class EditPipeline(WanPipeline):
+    """Edit images with a few-step student: a short clip whose last frame is kept."""
+
+    def __call__(
+        self,
+        image: Clip | Image.Image,
+        instruction: str,
+        *,
+        seed: int = 0,
+        steps: int | None = None,
+        guidance: float | None = None,
+        frames: int | None = None,
+        return_frames: bool = False,
+    ) -> Clip:
+        """Edit one image; the model's card says what None means.
+
+        The frames are those of stock ``WanImageToVideoPipeline`` with this many steps and frames and a CPU generator
+        of this seed.
+
+        Args:
+            frames: clip length T.
+            return_frames: all T frames instead of the last one.
+
+        Raises:
+            ShapeError: the image's size does not divide into latent patches; ``edit_photo`` takes any size.
+            DataError: the instruction is empty.
+        """
+        clip = as_clip(image).frame(0)
+        z_BCthw = self.edit_latents([clip], [instruction], [seed], steps, guidance, frames)
+        return self.codec.decode(z_BCthw, None if return_frames else [-1])[0]
+
+    def edit_batch(
+        self,
+        images: Sequence[Clip],
+        instructions: Sequence[str],
+        seeds: Sequence[int],
+        *,
+        steps: int | None = None,
+        guidance: float | None = None,
+        frames: int | None = None,
+        batch: int = 16,
+        fold: bool = True,
+        progress: Callable[[int], None] = lambda done: None,
+    ) -> list[Clip]:
+        """Edit different images of one size; the last frame of each.
+
+        Args:
+            batch: images per forward pass.
+            fold: let one pad stand for all of a prompt's padding: the same sums in another order, and much faster in
+                a small model.
+            progress: told how many images are done.
+        """
+        edited: list[Clip] = []
+        for start in range(0, len(images), batch):
+            part = slice(start, start + batch)
+            z = self.edit_latents(images[part], instructions[part], seeds[part], steps, guidance, frames, fold=fold)
+            edited += self.codec.decode_last(z)
+            progress(len(edited))
+        return edited
+
+    @torch.no_grad()
+    def edit_latents(
+        self,
+        images: Sequence[Clip],
+        instructions: Sequence[str],
+        seeds: Sequence[int],
+        steps: int | None = None,
+        guidance: float | None = None,
+        frames: int | None = None,
+        *,
+        fold: bool = False,
+    ) -> Tensor:
+        """The edits as latents [B, C, t, h, w]; see :meth:`edit_batch`."""
+        _require_words(instructions)
+        grid = self.grid(frames or self.card.frames, images[0].size)
+        guide = Guidance(self.card.guidance if guidance is None else guidance)
+        conditions = self.told(images, instructions, grid)
+        null = self.null_of(conditions) if guide.scale > 1 else None
+        self.backbone.set_attention(self.attention, fold)
+        self.scheduler.set_timesteps(steps or self.card.steps)
+        return denoise(self.backbone, self.scheduler, self._noise(seeds, grid), conditions, null, guide)
+
+    def edit_photo(
+        self,
+        photo: Image.Image,
+        instruction: str,
+        *,
+        seed: int = 0,
+        steps: int | None = None,
+        guidance: float | None = None,
+    ) -> Image.Image:
+        """Edit a photograph of any size, turned as its EXIF says; the result has the photograph's size.
+
+        The model works at the trained size of nearest shape, so fine detail is the model's own.
+        """
+        upright = ImageOps.exif_transpose(photo).convert("RGB")
+        height, width = self.card.size_for(upright.height, upright.width)
+        small = upright.resize((width, height), Image.Resampling.LANCZOS)
+        edited = self(small, instruction, seed=seed, steps=steps, guidance=guidance)
+        return as_image(edited).resize(upright.size, Image.Resampling.LANCZOS)
+
+
+@dataclass(frozen=True)
+class PipelineEditor:
+    """An :class:`EditPipeline` as a :class:`v4e.verbs.Editor`."""
+
+    pipeline: EditPipeline
+    steps: int | None = None
+    guidance: float | None = None
+
+    def __call__(self, clip: Clip, instruction: str, *, seed: int) -> Clip:
+        return self.pipeline(clip, instruction, seed=seed, steps=self.steps, guidance=self.guidance)
+
+
+class TeacherPipeline(WanPipeline):
+    """FLF2V: imagine how the first image becomes the last one, for batches of different images."""
+
+    def __call__(
+        self,
+        first: Sequence[Clip],
+        last: Sequence[Clip],
+        evolutions: Sequence[str],
+        *,
+        seeds: Sequence[int],
+        frames: int | None = None,
+        steps: int = 50,
+        guidance: Guidance = Guidance(),
+        fold: bool = False,
+    ) -> list[Clip]:
+        """Clips between first and last image, as stock diffusers makes them with the folder's own scheduler.
+
+        Raises:
+            ShapeError: sizes do not divide into latent patches.
+        """
+        grid = self.grid(frames or self.card.frames, first[0].size)
+        conditions = self.told(first, evolutions, grid, last)
+        self.scheduler.set_timesteps(steps)
+        end = self._denoise(self.scheduler, self._noise(seeds, grid), conditions, guidance, fold)
+        return self.codec.decode(end)
+
+    def rollout(
+        self,
+        noise_BCthw: Tensor,
+        conditions: Conditions,
+        levels: Tensor,
+        *,
+        solver: Solver = "unipc",
+        guidance: Guidance = Guidance(),
+        fold: bool = False,
+    ) -> Trajectory:
+        """Roll out and keep every stop.
+
+        Args:
+            noise_BCthw: x(1), fp32.
+            levels: noise levels [K + 1] to stop at, falling to 0 (flow.union_grid).
+            fold: see :meth:`EditPipeline.edit_batch`.
+        """
+        kept: list[tuple[float, Tensor, Tensor]] = []
+        scheduler = scheduler_at(self.scheduler, solver, levels)
+
+        def keep(sigma: float, x_BCthw: Tensor, v_BCthw: Tensor) -> None:
+            kept.append((sigma, x_BCthw, v_BCthw))
+
+        end = self._denoise(scheduler, noise_BCthw, conditions, guidance, fold, keep)
+        sigmas, states, velocities = zip(*kept, strict=True)
+        x_BKCthw, v_BKCthw = (torch.stack([x.float() for x in xs], dim=1) for xs in (states, velocities))
+        return Trajectory(torch.tensor(sigmas), x_BKCthw, v_BKCthw, end.float())
+
+    def _denoise(
+        self,
+        scheduler: UniPCMultistepScheduler,
+        noise_BCthw: Tensor,
+        conditions: Conditions,
+        guidance: Guidance,
+        fold: bool,
+        watch: Watch = lambda sigma, x_BCthw, v_BCthw: None,
+    ) -> Tensor:
+        self.backbone.set_attention(self.attention, fold)
+        device = self._execution_device
+        conditions = conditions.to(device)
+        null = self.null_of(conditions) if guidance.scale > 1 else None
+        return denoise(self.backbone, scheduler, noise_BCthw.to(device), conditions, null, guidance, watch)
+
+
+# -------------------------------------------------------------------------------------------------- images
+
+
+def as_clip(image: Clip | Image.Image) -> Clip:
+    """A picture as a clip of length one."""
+    if isinstance(image, Clip):
+        return image
+    rgb = image.convert("RGB")
+    data = torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8)
+    return Clip(data.view(1, rgb.height, rgb.width, 3).movedim(-1, 1).contiguous())
+
+
+def as_image(clip: Clip) -> Image.Image:
+    """A clip's last frame as a picture."""
+    return Image.fromarray(clip.frames_T3HW[-1].movedim(0, -1).contiguous().cpu().numpy())
+
+
+def _require_words(instructions: Sequence[str]) -> None:
+    if any(not text.strip() for text in instructions):
+        raise DataError("the instruction is empty", fix='say what to change, such as "make it snow"')
