@@ -1,0 +1,373 @@
+"""`v4e-shards rollout`: triplets and a teacher in, shards out; also shards without a teacher, and of evolving clips.
+
+Work comes in units of a fixed number of samples, the last one padded by repeating, because matrix products are not
+batch-invariant: a restart makes the same bytes only if every sample meets the same neighbours again.
+"""
+
+import argparse
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+from v4e.journal import progress
+
+import v4e
+from v4e import config as settings_of
+from v4e import flow
+from v4e.data.collate import teacher_conditions
+from v4e.data.shards import Index, SetMeta, Setting, ShardSet, ShardWriter, finish, finished
+from v4e.errors import ConfigError
+from v4e.losses import change_map
+from v4e.models.attention import Attention
+from v4e.models.codec import WanCodec
+from v4e.models.folder import locate
+from v4e.nouns import Clip, Encoded, Grid, Origin, Rollout, Sample, seed_of
+from v4e.pipelines import Guidance, Solver, TeacherPipeline, Trajectory, noise_of
+
+if TYPE_CHECKING:
+    from data_tools.ingest import Triplet
+
+X = TypeVar("X")
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+NO_TEACHER = "none"
+TOOL = f"v4e {v4e.__version__}"
+# Where things lie and who does which share change no sample; the teacher counts by its content.
+NOT_IN_A_SAMPLE = ("teacher", "codec", "device", "part", "parts", "samples_per_shard", "stored", "dataset", "licence")
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """Everything that decides what is in the shards.
+
+    Args:
+        teacher: FLF2V folder or Hub id; ``none`` encodes the triplets without roll-outs, for plain flow matching.
+        codec: folder or Hub id whose VAE and encoders are used; empty for the teacher's.
+        height, width: pixels; triplets of another size are scaled and cropped to it.
+        teacher_frames: clip length of the teacher; Wan2.1's FLF2V knows 81.
+        student_frames: clip length of the student.
+        student_shift, step_counts: the roll-out stops at all levels of the student's few-step grids.
+        solver: ``unipc`` as the teacher's folder sets it, or ``euler``.
+        guidance, guidance_low, guidance_high: scale, and the noise levels between which it acts.
+        keep_full: also keep the teacher's whole clip at each stop; the `block` term needs it.
+        batch: triplets a forward pass; also the unit of work.
+        dtype: the teacher's. ``stored``: of tensors in shards.
+        fold_text_padding: faster text attention in a small model; see v4e/models/attention.py.
+        threads: CPU threads, part of what makes restarts exact; 0 leaves torch's choice.
+        part, parts: this process does units part, part + parts, ...; the last to end writes the manifest.
+    """
+
+    teacher: str = ""
+    codec: str = ""
+    height: int = 720
+    width: int = 1280
+    teacher_frames: int = 81
+    student_frames: int = 5
+    student_shift: float = 3.0
+    step_counts: tuple[int, ...] = (1, 2, 4, 8)
+    solver: Solver = "unipc"
+    guidance: float = 5.5
+    guidance_low: float = 0.0
+    guidance_high: float = 1.0
+    keep_full: bool = True
+    seed: int = 0
+    batch: int = 1
+    samples_per_shard: int = 64
+    dtype: Literal["fp32", "bf16"] = "bf16"
+    stored: Literal["fp32", "bf16"] = "bf16"
+    attention: Attention = "auto"
+    fold_text_padding: bool = False
+    threads: int = 0
+    device: str = ""
+    part: int = 0
+    parts: int = 1
+    dataset: str = ""
+    licence: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.teacher:
+            raise ConfigError("no teacher is named", where="key teacher", fix="give a folder, a Hub id, or none")
+        if not self.codec and self.teacher == NO_TEACHER:
+            raise ConfigError("without a teacher, name a folder with a VAE and encoders", where="key codec")
+        if not 0 <= self.part < self.parts:
+            raise ConfigError(f"part {self.part} is not one of {self.parts}", where="keys part and parts")
+
+    @property
+    def levels(self) -> Tensor:
+        """Noise levels [K + 1] at which the roll-out stops, fp64, falling to 0."""
+        return flow.union_grid(self.step_counts, self.student_shift)
+
+    @property
+    def guide(self) -> Guidance:
+        return Guidance(self.guidance, self.guidance_low, self.guidance_high)
+
+    @property
+    def place(self) -> str:
+        """torch device."""
+        return self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+class Evolving(NamedTuple):
+    """A clip from a first to a last image. ``caption`` tells what happens, ``instruction`` what was asked."""
+
+    key: str
+    clip: Clip
+    caption: str
+    instruction: str
+    task: str = ""
+
+
+class Grids(NamedTuple):
+    """The student's clip and the teacher's, of one picture size."""
+
+    student: Grid
+    teacher: Grid
+
+
+# ------------------------------------------------------------------------------------------------ encoding
+
+
+@torch.no_grad()
+def encode(codec: WanCodec, items: Sequence[Evolving], grids: Grids, null_LE: Tensor) -> list[Encoded]:
+    """A unit as the DiTs see it. The clips are of the student's grid; both models are told first and last image."""
+    first, last = [i.clip.frame(0) for i in items], [i.clip.frame(-1) for i in items]
+    columns = {
+        "clip_Cthw": codec.encode([i.clip for i in items]),
+        "known_Cthw": codec.known(first, grids.student),
+        "text_LE": codec.read([i.instruction for i in items]),
+        "null_LE": [null_LE] * len(items),
+        "vision_NV": codec.look(first),
+        "evolution_LE": codec.read([i.caption for i in items]),
+        "teacher_known_Cthw": codec.known(first, grids.teacher, last),
+        "vision_last_NV": codec.look(last),
+        "change_thw": [change_map(i.clip.frames_T3HW, grids.student) for i in items],
+    }
+    rows = zip(*columns.values(), strict=True)
+    return [Encoded(**dict(zip(columns, row, strict=True))) for row in rows]
+
+
+def pack_clips(
+    items: Iterable[Evolving],
+    out: str | Path,
+    codec: WanCodec,
+    grid: Grid,
+    *,
+    batch: int = 32,
+    samples_per_shard: int = 512,
+    settings: Mapping[str, Setting] | None = None,
+    origin: Origin | None = None,
+    total: int | None = None,
+) -> ShardSet:
+    """Shards of evolving clips, to pre-train I2V (first frame known) and FLF2V (both ends known) alike.
+
+    Args:
+        items: drawn lazily, one unit at a time; a restart needs the same ones in the same order.
+        grid: of the clips; here it is both models' grid.
+        batch: clips through the codec at a time.
+        settings: what the clips depend on, such as a world's seed.
+        total: number of items, for the progress bar.
+
+    Raises:
+        DataError: the folder was begun with other settings, or the disk is full.
+    """
+    null_LE, grids = codec.read([""])[0], Grids(grid, grid)
+    meta = SetMeta("pretrain", grid, grid, {"batch": batch, **(settings or {})})
+    with ShardWriter(out, meta, samples_per_shard=samples_per_shard) as writer:
+        for unit in progress(units(items, batch), "pack clips", total=total and -(-total // batch)):
+            if any(item.key not in writer.done for item in unit):
+                encoded = encode(codec, padded(unit, batch), grids, null_LE)
+                made = zip(unit, encoded, strict=False)  # the padding is dropped
+                _add_new(writer, [_sample(item, e, None, origin or Origin(tool=TOOL)) for item, e in made])
+    return ShardSet.open(out)
+
+
+# ------------------------------------------------------------------------------------------------- rolling
+
+
+@dataclass(frozen=True)
+class Worker:
+    """What turns a unit of triplets into samples.
+
+    Args:
+        teacher: None to encode only.
+        null_LE: the empty prompt.
+    """
+
+    config: RolloutConfig
+    codec: WanCodec
+    teacher: TeacherPipeline | None
+    grids: Grids
+    null_LE: Tensor
+    origin: Origin
+
+    @staticmethod
+    def of(config: RolloutConfig) -> "Worker":
+        """Load the models.
+
+        Raises:
+            CheckpointError: a folder or a component is missing or damaged.
+            ShapeError: sizes or frames that the models cannot make.
+        """
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        teacher = None if config.teacher == NO_TEACHER else _teacher(config)
+        codec = WanCodec.load(config.codec, config.place) if config.codec or not teacher else teacher.codec
+        student = codec.grid(config.student_frames, config.height, config.width)
+        grids = Grids(student, student.with_frames(config.teacher_frames if teacher else config.student_frames))
+        name = f"{config.teacher} {content_hash(config.teacher)}" if teacher else ""
+        origin = Origin(config.dataset, config.licence, name, config.seed, TOOL)
+        return Worker(config, codec, teacher, grids, codec.read([""])[0], origin)
+
+    @property
+    def meta(self) -> SetMeta:
+        """What the set is; every setting that changes a sample's bytes is in it, the weights by their content."""
+        values = {k: v for k, v in asdict(self.config).items() if k not in NOT_IN_A_SAMPLE}
+        values["step_counts"] = " ".join(map(str, self.config.step_counts))
+        values["weights"] = " ".join(content_hash(s) for s in (self.config.teacher, self.config.codec) if s)
+        return SetMeta("rollout" if self.teacher else "encoded", self.grids.student, self.grids.teacher, values)
+
+    def samples(self, unit: Sequence[Triplet]) -> list[Sample]:
+        """One unit of work: the same triplets make the same bytes.
+
+        Raises:
+            DataError: an image cannot be read; it names file and key.
+        """
+        pairs = [self._pair(triplet) for triplet in unit]
+        items = [self._item(t, *pair) for t, pair in zip(unit, pairs, strict=True)]
+        full = padded(items, self.config.batch)
+        encoded = encode(self.codec, full, self.grids, self.null_LE)
+        rolled = self._roll(full, encoded) if self.teacher else [None] * len(full)
+        made = zip(items, pairs, encoded, rolled, strict=False)
+        return [
+            replace(_sample(item, e, r, self.origin), source=source, target=target)
+            for item, (source, target), e, r in made
+        ]
+
+    def _pair(self, triplet: Triplet) -> tuple[Clip, Clip]:
+        size = (self.config.height, self.config.width)
+        return triplet.read_source(size), triplet.read_target(size)
+
+    def _item(self, triplet: Triplet, source: Clip, target: Clip) -> Evolving:
+        """The student's clip: the source, then the edit held still."""
+        clip = Clip.join([source, *[target] * (self.grids.student.T - 1)])
+        return Evolving(triplet.id, clip, triplet.evolution, triplet.instruction, triplet.task)
+
+    def _roll(self, items: Sequence[Evolving], encoded: Sequence[Encoded]) -> list[Rollout]:
+        assert self.teacher is not None
+        seeds = [seed_of(self.config.seed, item.key, "noise") for item in items]
+        trajectory = self.teacher.rollout(
+            noise_of(seeds, *encoded[0].teacher_known_Cthw.shape),
+            teacher_conditions(encoded),
+            self.config.levels,
+            solver=self.config.solver,
+            guidance=self.config.guide,
+            fold=self.config.fold_text_padding,
+        )
+        return [self._kept(trajectory, b) for b in range(len(items))]
+
+    def _kept(self, path: Trajectory, b: int) -> Rollout:
+        """One sample's path, restricted to the latent frames the student makes."""
+        frames = list(self.grids.teacher.shared_frames(self.grids.student))
+        x, v, end = path.x_BKCthw[b], path.v_BKCthw[b], path.end_BCthw[b]
+        full = x if self.config.keep_full else x[:0]
+        return Rollout(path.sigma_K, x[:, :, frames], v[:, :, frames], full, end[:, frames])
+
+
+def rollout(triplets: Sequence[Triplet], out: str | Path, config: RolloutConfig) -> Path:
+    """Write one process's share of the shards; going on after a kill repeats no finished shard and changes no byte.
+
+    Raises:
+        DataError: a triplet cannot be used, the folder was begun with other settings, or the disk is full.
+        CheckpointError: the teacher is missing or damaged.
+    """
+    worker = Worker.of(config)
+    mine = list(units(triplets, config.batch))[config.part :: config.parts]
+    writer = ShardWriter(
+        out,
+        worker.meta,
+        samples_per_shard=config.samples_per_shard,
+        dtype=TYPES[config.stored],
+        part=config.part,
+        manifest=config.parts == 1,
+    )
+    with writer:
+        for unit in progress(mine, "roll-out" if worker.teacher else "encode"):
+            if any(t.id not in writer.done for t in unit):
+                _add_new(writer, worker.samples(unit))
+    _finish_when_last(Path(out), triplets)
+    return Path(out)
+
+
+def _add_new(writer: ShardWriter, samples: Iterable[Sample]) -> None:
+    for sample in samples:
+        if sample.key not in writer.done:
+            writer.add(sample)
+
+
+def _finish_when_last(out: Path, triplets: Sequence[Triplet]) -> None:
+    """Write the manifest once every part has ended."""
+    whole = {key for shard in finished(out) for key in Index((out / shard).with_suffix(".index.json")).keys}
+    if all(t.id in whole for t in triplets):
+        finish(out)
+
+
+def _teacher(config: RolloutConfig) -> TeacherPipeline:
+    teacher = TeacherPipeline.from_pretrained(config.teacher, dtype=TYPES[config.dtype], attention=config.attention)
+    teacher.set_progress_bar_config(disable=True)
+    return teacher.to(config.place)
+
+
+@cache
+def content_hash(source: str) -> str:
+    """Sixteen hex digits over the weights and configs of a pipeline's folder, so that moving it changes nothing."""
+    folder, digest = locate(source, ["*"]), hashlib.blake2b(digest_size=8)
+    for path in sorted(p for p in folder.glob("*/*") if p.suffix in (".json", ".safetensors")):
+        digest.update(f"{path.relative_to(folder)} ".encode())
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "blake2b").digest())
+    return digest.hexdigest()
+
+
+def _sample(item: Evolving, encoded: Encoded, rolled: Rollout | None, origin: Origin) -> Sample:
+    return Sample(item.key, item.instruction, item.caption, None, None, encoded, rolled, item.task, origin)
+
+
+# ------------------------------------------------------------------------------------------------- units
+
+
+def units(items: Iterable[X], size: int) -> Iterator[list[X]]:
+    """Consecutive groups of ``size``; the last may be shorter."""
+    stream = iter(items)
+    while unit := list(islice(stream, size)):
+        yield unit
+
+
+def padded(unit: Sequence[X], size: int) -> list[X]:
+    """The unit, filled up by repeating its last item."""
+    return [*unit, *[unit[-1]] * (size - len(unit))]
+
+
+# --------------------------------------------------------------------------------------------------- verb
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `v4e-shards rollout`."""
+    parser.add_argument("triplets", help="folder written by `v4e-shards ingest` and `evolve`")
+    parser.add_argument("out", help="shard folder; an unfinished one is gone on with")
+    parser.add_argument("--teacher", help="FLF2V folder or Hub id, or none; short for teacher=...")
+    parser.add_argument("--config", help="YAML file with the settings of RolloutConfig")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, over those of the file")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the verb."""
+    words = [*([f"teacher={args.teacher}"] if args.teacher else []), *args.overrides]
+    config = settings_of.load(args.config, words, lambda _: RolloutConfig, recipe="rollout")
+    print(settings_of.to_yaml(config))
+    rollout(read_triplets(args.triplets), args.out, config)
+    return 0
