@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
 
-from v4e.data.shards import to_json, write_atomically
+from v4e.data.disk import to_json, write_atomically
 from v4e.eval.run import OVERALL, Metrics, Row
 
 Metric = Literal["psnr", "edit_psnr", "keep_psnr", "ssim", "sharpness", "success", "middle_psnr"]

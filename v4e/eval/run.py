@@ -13,7 +13,8 @@ from statistics import fmean, stdev
 import torch
 from torch import Tensor
 
-from v4e.data.shards import from_png, read_bytes, to_json, to_png, write_atomically
+from v4e.data.disk import read_bytes, to_json, write_atomically
+from v4e.data.members import from_png, to_png
 from v4e.errors import DataError
 from v4e.eval.metrics import Scores, psnr, score
 from v4e.journal import progress
