@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -26,18 +26,20 @@ def plain_folder(folder: str | Path) -> Path:
     return Path(folder)
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file that is seen whole or not at all, even after a power cut."""
+def write_atomically(path: Path, content: bytes, *, durable: bool = True) -> None:
+    """Write a file that is seen whole or not at all, even after a power cut unless ``durable`` is false."""
     temporary = path.with_name(f"{TEMPORARY}{path.name}-{os.getpid()}")  # two writers may begin one folder at once
     try:
         with open(temporary, "wb") as file:
             file.write(content)
-            settle(file)
+            if durable:
+                settle(file)
         os.replace(temporary, path)
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    if durable:
+        sync_folder(path.parent)
 
 
 def settle(file: IO[bytes]) -> None:
@@ -53,6 +55,26 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def agree(path: Path, settings: Mapping[str, object]) -> None:
+    """Write settings down when work begins; refuse to go on with others later.
+
+    Raises:
+        DataError: they differ; both values of each are named.
+    """
+    now = json.loads(to_json(settings))
+    if not path.exists():
+        return write_atomically(path, to_json(now))
+    with readable(str(path)):
+        before = json.loads(read_bytes(path))
+    if changed := sorted(_differences(before, now)):
+        raise DataError(
+            f"this folder was begun with other settings: {'; '.join(changed)}",
+            where=str(path),
+            fix="go on with the old settings, or write to a new folder",
+        )
+    return None
 
 
 def read_bytes(path: Path) -> bytes:
@@ -101,9 +123,7 @@ def writable(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         full = error.errno in NO_ROOM
-        what = (
-            "the disk is full; what was begun is lost, what was finished is safe" if full else f"cannot write: {error}"
-        )
+        what = "the disk is full; the file begun is lost, finished ones are safe" if full else f"cannot write: {error}"
         raise DataError(what, where=str(folder), fix="make room and run the same command again" * full) from error
 
 
@@ -116,3 +136,12 @@ def readable(where: str) -> Iterator[None]:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, OSError, SyntaxError, SafetensorError) as error:
         raise DataError(f"not readable: {type(error).__name__}: {error}", where=where) from error
+
+
+def _differences(before: object, now: object, at: str = "") -> Iterator[str]:
+    """``key was A and is now B`` for every leaf that is not the same."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in before.keys() | now.keys():
+            yield from _differences(before.get(key), now.get(key), f"{at}.{key}".lstrip("."))
+    elif before != now:
+        yield f"{at} was {before!r} and is now {now!r}"

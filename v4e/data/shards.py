@@ -22,6 +22,7 @@ import torch
 
 from v4e.data.disk import (
     TEMPORARY,
+    agree,
     digest_of,
     hash_of,
     lock,
@@ -174,7 +175,8 @@ class ShardWriter:
         self._lock = lock(self.folder / f".lock-{part:03d}")
         self._shard: _Shard | None = None
         with self._dropping_on_error():
-            self._agree({"samples_per_shard": samples_per_shard, "max_bytes": max_bytes, "dtype": str(dtype)})
+            layout = {"samples_per_shard": samples_per_shard, "max_bytes": max_bytes, "dtype": str(dtype)}
+            agree(self.folder / "settings.json", {**meta.to_dict(), "layout": layout})
             self._finished = set(finished(self.folder))
             self._drop_unfinished()
             self.done = {key for name in self._finished for key in Index(index_path(self.folder / name)).keys}
@@ -234,22 +236,6 @@ class ShardWriter:
         (self.folder / "manifest.json").unlink(missing_ok=True)  # the set is growing: no longer whole
         names = (f"{self.part:03d}-{number:06d}.tar" for number in range(len(self._finished) + 1))
         return _Shard(self.folder / next(name for name in names if name not in self._finished))
-
-    def _agree(self, layout: Mapping[str, Setting]) -> None:
-        """Refuse to go on with other settings; write them down when this is the beginning."""
-        path = self.folder / "settings.json"
-        now = json.loads(to_json({**self.meta.to_dict(), "layout": layout}))
-        if not path.exists():
-            return write_atomically(path, to_json(now))
-        with readable(str(path)):
-            before = json.loads(read_bytes(path))
-        if changed := sorted(_differences(before, now)):
-            raise DataError(
-                f"the set was begun with other settings: {'; '.join(changed)}",
-                where=str(path),
-                fix="go on with the old settings, or write to a new folder",
-            )
-        return None
 
     def _drop_unfinished(self) -> None:
         """Remove what a killed writer of this part left: temporary files, and tars whose index never came."""
@@ -355,8 +341,6 @@ def finish(folder: str | Path) -> "ShardSet":
     }
     with writable(folder):
         write_atomically(folder / "manifest.json", to_json(manifest, indent=1))
-        for rest in folder.glob(f"{TEMPORARY}*"):
-            rest.unlink()
     return ShardSet.open(folder)
 
 
@@ -387,15 +371,12 @@ class ShardSet:
             DataError: no manifest, another format, a missing, changed or truncated shard.
         """
         folder = plain_folder(folder)
-        body = _manifest(folder)
-        with readable(str(folder / "manifest.json")):
-            shards = [ShardInfo(**s) for s in body["shards"]]
-            meta = SetMeta.from_dict(body, str(folder / "manifest.json"))
-        for shard in shards:
-            _check_shard(folder, shard, verify)
+        meta, shards = read_manifest(folder)
+        for shard in shards if verify == "index" else ():
+            check_shard(folder, shard)
         whole = ShardSet(folder, meta, shards)
         if verify == "index":
-            refuse_doubles({s.name: i.keys for s, i in zip(shards, whole.indexes, strict=True)}, folder)
+            whole.refuse_doubles()
         return whole
 
     def __len__(self) -> int:
@@ -414,6 +395,15 @@ class ShardSet:
     def place(self, i: int) -> str:
         """Where sample ``i`` is, in words for a message."""
         return f"{self.folder / self.shards[self.locate(i)[0]].name}, key {self.keys[i]}"
+
+    def refuse_doubles(self) -> None:
+        """DataError naming a key that two samples share, and their shards."""
+        refuse_doubles({s.name: i.keys for s, i in zip(self.shards, self.indexes, strict=True)}, self.folder)
+
+    def kinds(self, i: int) -> list[str]:
+        """Kinds of members that sample ``i`` has."""
+        shard, row = self.locate(i)
+        return list(self.indexes[shard].members(row))
 
     def raw(self, i: int, kind: str) -> bytes | None:
         """One member's bytes, checked against their hash; None when the sample has no such member.
@@ -454,7 +444,12 @@ def _grid(values: Mapping) -> Grid:
     return Grid(values["T"], values["H"], values["W"], tuple(values["stride"]), tuple(values["patch"]))
 
 
-def _manifest(folder: Path) -> dict:
+def read_manifest(folder: Path) -> tuple[SetMeta, list[ShardInfo]]:
+    """What a finished folder says it holds.
+
+    Raises:
+        DataError: no folder, no manifest, another format, or names that are no shard's.
+    """
     path = folder / "manifest.json"
     if not folder.is_dir():
         raise DataError("no such shard folder", where=str(folder), fix="make it with v4e-shards rollout")
@@ -464,23 +459,23 @@ def _manifest(folder: Path) -> dict:
         )
     with readable(str(path)):
         body = json.loads(read_bytes(path))
-        known = body["format"]
-    if known != FORMAT:
-        raise DataError(f"format {known}, but this v4e reads format {FORMAT}", where=str(path))
-    return body
+        if body["format"] != FORMAT:
+            raise DataError(f"format {body['format']}, but this v4e reads format {FORMAT}", where=str(path))
+        shards = [ShardInfo(**s) for s in body["shards"]]
+    if strange := [s.name for s in shards if not SHARD.fullmatch(s.name)]:
+        raise DataError(f"{strange[0]!r} is no shard's name", where=str(path))
+    return SetMeta.from_dict(body, str(path)), shards
 
 
-def _check_shard(folder: Path, shard: ShardInfo, verify: str) -> None:
+def check_shard(folder: Path, shard: ShardInfo) -> None:
+    """Index as hashed in the manifest, tar of the right size; DataError naming the file."""
     path = folder / shard.name
-    if not SHARD.fullmatch(shard.name):
-        raise DataError(f"{shard.name!r} is no shard's name", where=str(folder / "manifest.json"))
-    if verify == "none":
-        return
     if hash_of(read_bytes(index_path(path))) != shard.index:
         raise DataError("the index is not the one the manifest names", where=str(index_path(path)), fix=_REDO)
-    if not path.is_file() or (size := path.stat().st_size) != shard.bytes:
-        found = f"{size} bytes" if path.is_file() else "missing"
-        raise DataError(f"the shard should have {shard.bytes} bytes but is {found}", where=str(path), fix=_REDO)
+    if not path.is_file():
+        raise DataError("the shard is missing", where=str(path), fix=_REDO)
+    if (size := path.stat().st_size) != shard.bytes:
+        raise DataError(f"the shard is cut short: {size} bytes of {shard.bytes}", where=str(path), fix=_REDO)
 
 
 def _read_member(path: Path, member: Member, where: str) -> bytes:
@@ -507,12 +502,3 @@ def _is_whole(tar: Path) -> bool:
         return json.loads(index_path(tar).read_bytes())["bytes"] == tar.stat().st_size
     except (OSError, ValueError, KeyError, TypeError):
         return False
-
-
-def _differences(before: object, now: object, at: str = "") -> Iterator[str]:
-    """``key: old value -> new value`` for every leaf that is not the same."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        for key in before.keys() | now.keys():
-            yield from _differences(before.get(key), now.get(key), f"{at}.{key}".lstrip("."))
-    elif before != now:
-        yield f"{at} was {before!r} and is now {now!r}"
