@@ -20,6 +20,7 @@ from v4e.errors import ConfigError
 from v4e.nouns import TEXT_TOKENS
 
 Attention = Literal["auto", "native", "matmul", "xformers", "flash", "sage"]
+"""``auto`` is xformers where it works, else native; ``sage`` has no backward pass and is for inference alone."""
 PACKAGES = {"xformers": "xformers", "flash": "flash-attn", "sage": "sageattention"}
 
 log = logging.getLogger(__name__)
@@ -67,19 +68,13 @@ def matmul_attention(q_BSHd: Tensor, k_BLHd: Tensor, v_BLHd: Tensor, bias_B11L: 
 
 
 class Processor:
-    """Wan's attention with a choice of backend per call, and with :class:`Context` in cross-attention.
+    """Wan's attention with any backend, and with :class:`Context` in cross-attention.
 
     The arithmetic is that of diffusers' ``WanAttnProcessor``; a plain tensor as context means 512 text tokens.
     """
 
-    _parallel_config = None
-
-    def __init__(self, backend: str, biased_backend: str) -> None:
-        """Args:
-        backend: for attention without a bias.
-        biased_backend: for attention with one, which flash kernels do not take.
-        """
-        self.backend, self.biased_backend = backend, biased_backend
+    def __init__(self, backend: str) -> None:
+        self.backend = backend
 
     def __call__(
         self,
@@ -104,11 +99,12 @@ class Processor:
         return attn.to_out[1](attn.to_out[0](out))
 
     def _attend(self, q_BSHd: Tensor, k_BLHd: Tensor, v_BLHd: Tensor, bias_B11L: Tensor | None = None) -> Tensor:
-        backend = self.backend if bias_B11L is None else self.biased_backend
-        if backend == "matmul":
+        # Flash kernels take no bias and CUDA's SDPA only one in the query's dtype, too coarse for log n in bf16;
+        # folded keys are few enough to be spelled out.
+        if bias_B11L is not None or self.backend == "matmul":
             out = matmul_attention(q_BSHd, k_BLHd, v_BLHd, bias_B11L)
         else:
-            out = dispatch_attention_fn(q_BSHd, k_BLHd, v_BLHd, bias_B11L, backend=AttentionBackendName(backend))
+            out = dispatch_attention_fn(q_BSHd, k_BLHd, v_BLHd, backend=AttentionBackendName(self.backend))
         return out.flatten(2).type_as(q_BSHd)
 
 
@@ -139,7 +135,7 @@ def install(model: WanTransformer3DModel, backend: Attention, fold_text_padding:
         processor = WanAttnProcessor()
         processor._attention_backend = AttentionBackendName(name)  # pyright: ignore[reportAttributeAccessIssue]
     else:
-        processor = Processor(name, biased_backend="matmul" if name == "matmul" else "native")
+        processor = Processor(name)
     for module in model.modules():
         if isinstance(module, WanAttention):
             module.set_processor(processor)  # pyright: ignore[reportArgumentType] (the declared union is closed)
