@@ -6,32 +6,30 @@ batch-invariant: a restart makes the same bytes only if every sample meets the s
 
 import argparse
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from v4e.journal import progress
 
 import v4e
+from data_tools.ingest import Triplet, read_triplets
 from v4e import config as settings_of
 from v4e import flow
 from v4e.data.collate import teacher_conditions
-from v4e.data.shards import Index, SetMeta, Setting, ShardSet, ShardWriter, finish, finished
-from v4e.errors import ConfigError
+from v4e.data.shards import Index, SetMeta, Setting, ShardSet, ShardWriter, finish, finished, index_path
+from v4e.errors import ConfigError, DataError
+from v4e.journal import progress
 from v4e.losses import change_map
 from v4e.models.attention import Attention
 from v4e.models.codec import WanCodec
 from v4e.models.folder import locate
 from v4e.nouns import Clip, Encoded, Grid, Origin, Rollout, Sample, seed_of
-from v4e.pipelines import Guidance, Solver, TeacherPipeline, Trajectory, noise_of
-
-if TYPE_CHECKING:
-    from data_tools.ingest import Triplet
+from v4e.pipelines import CODEC_PARTS, Guidance, Solver, TeacherPipeline, Trajectory, noise_of
 
 X = TypeVar("X")
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -132,23 +130,44 @@ class Grids(NamedTuple):
 # ------------------------------------------------------------------------------------------------ encoding
 
 
-@torch.no_grad()
-def encode(codec: WanCodec, items: Sequence[Evolving], grids: Grids, null_LE: Tensor) -> list[Encoded]:
-    """A unit as the DiTs see it. The clips are of the student's grid; both models are told first and last image."""
-    first, last = [i.clip.frame(0) for i in items], [i.clip.frame(-1) for i in items]
-    columns = {
-        "clip_Cthw": codec.encode([i.clip for i in items]),
-        "known_Cthw": codec.known(first, grids.student),
-        "text_LE": codec.read([i.instruction for i in items]),
-        "null_LE": [null_LE] * len(items),
-        "vision_NV": codec.look(first),
-        "evolution_LE": codec.read([i.caption for i in items]),
-        "teacher_known_Cthw": codec.known(first, grids.teacher, last),
-        "vision_last_NV": codec.look(last),
-        "change_thw": [change_map(i.clip.frames_T3HW, grids.student) for i in items],
-    }
-    rows = zip(*columns.values(), strict=True)
-    return [Encoded(**dict(zip(columns, row, strict=True))) for row in rows]
+Ends = Literal["first", "first_and_last", "both"]
+
+
+class Encoder:
+    """Makes samples as the DiTs see them; texts met before are remembered, for captions repeat.
+
+    The codec sees one sample at a time, so neither neighbours nor memory change a bit.
+
+    Args:
+        grids: of the student's and the teacher's clip.
+        ends: which model's conditions to make; a pre-training set for one model need not pay for the other's, whose
+            tensors are then empty.
+    """
+
+    def __init__(self, codec: WanCodec, grids: Grids, ends: Ends = "both") -> None:
+        self.codec, self.grids, self.ends = codec, grids, ends
+        self._read = lru_cache(maxsize=8192)(lambda text: codec.read([text])[0])
+
+    @torch.no_grad()
+    def __call__(self, items: Sequence[Evolving]) -> list[Encoded]:
+        """Encode clips of the student's grid."""
+        first, last = [i.clip.frame(0) for i in items], [i.clip.frame(-1) for i in items]
+        columns = {
+            "clip_Cthw": self.codec.encode([i.clip for i in items]),
+            "known_Cthw": self._unless("first_and_last", self.codec.known, first, self.grids.student),
+            "text_LE": [self._read(i.instruction) for i in items],
+            "null_LE": [self._read("")] * len(items),
+            "vision_NV": self.codec.look(first),
+            "evolution_LE": [self._read(i.caption) for i in items],
+            "teacher_known_Cthw": self._unless("first", self.codec.known, first, self.grids.teacher, last),
+            "vision_last_NV": self._unless("first", self.codec.look, last),
+            "change_thw": [change_map(i.clip.frames_T3HW, self.grids.student) for i in items],
+        }
+        rows = zip(*columns.values(), strict=True)
+        return [Encoded(**dict(zip(columns, row, strict=True))) for row in rows]
+
+    def _unless(self, ends: Ends, make: Callable[..., Tensor], images: Sequence[Clip], *more) -> Tensor:
+        return torch.zeros(len(images), 0) if self.ends == ends else make(images, *more)
 
 
 def pack_clips(
@@ -157,32 +176,33 @@ def pack_clips(
     codec: WanCodec,
     grid: Grid,
     *,
+    ends: Ends = "both",
     batch: int = 32,
     samples_per_shard: int = 512,
     settings: Mapping[str, Setting] | None = None,
     origin: Origin | None = None,
     total: int | None = None,
 ) -> ShardSet:
-    """Shards of evolving clips, to pre-train I2V (first frame known) and FLF2V (both ends known) alike.
+    """Shards of evolving clips, to pre-train I2V (first frame known) and FLF2V (both ends known).
 
     Args:
-        items: drawn lazily, one unit at a time; a restart needs the same ones in the same order.
+        items: drawn lazily; a restart needs the same ones in the same order.
         grid: of the clips; here it is both models' grid.
-        batch: clips through the codec at a time.
+        ends: see :class:`Encoder`; each of the three VAE passes a clip costs about the same.
+        batch: clips between two ticks of the progress bar.
         settings: what the clips depend on, such as a world's seed.
         total: number of items, for the progress bar.
 
     Raises:
         DataError: the folder was begun with other settings, or the disk is full.
     """
-    null_LE, grids = codec.read([""])[0], Grids(grid, grid)
-    meta = SetMeta("pretrain", grid, grid, {"batch": batch, **(settings or {})})
+    encode, origin = Encoder(codec, Grids(grid, grid), ends), origin or Origin(tool=TOOL)
+    meta = SetMeta("pretrain", grid, grid, {"ends": ends, "codec": content_hash(str(codec.source), CODEC_PARTS), **(settings or {})})
     with ShardWriter(out, meta, samples_per_shard=samples_per_shard) as writer:
         for unit in progress(units(items, batch), "pack clips", total=total and -(-total // batch)):
-            if any(item.key not in writer.done for item in unit):
-                encoded = encode(codec, padded(unit, batch), grids, null_LE)
-                made = zip(unit, encoded, strict=False)  # the padding is dropped
-                _add_new(writer, [_sample(item, e, None, origin or Origin(tool=TOOL)) for item, e in made])
+            new = [item for item in unit if item.key not in writer.done]
+            for item, e in zip(new, encode(new) if new else [], strict=True):
+                writer.add(_sample(item, e, None, origin))
     return ShardSet.open(out)
 
 
@@ -191,18 +211,11 @@ def pack_clips(
 
 @dataclass(frozen=True)
 class Worker:
-    """What turns a unit of triplets into samples.
-
-    Args:
-        teacher: None to encode only.
-        null_LE: the empty prompt.
-    """
+    """What turns a unit of triplets into samples; ``teacher`` is None to encode only."""
 
     config: RolloutConfig
-    codec: WanCodec
+    encode: Encoder
     teacher: TeacherPipeline | None
-    grids: Grids
-    null_LE: Tensor
     origin: Origin
 
     @staticmethod
@@ -221,14 +234,19 @@ class Worker:
         grids = Grids(student, student.with_frames(config.teacher_frames if teacher else config.student_frames))
         name = f"{config.teacher} {content_hash(config.teacher)}" if teacher else ""
         origin = Origin(config.dataset, config.licence, name, config.seed, TOOL)
-        return Worker(config, codec, teacher, grids, codec.read([""])[0], origin)
+        return Worker(config, Encoder(codec, grids), teacher, origin)
+
+    @property
+    def grids(self) -> Grids:
+        return self.encode.grids
 
     @property
     def meta(self) -> SetMeta:
         """What the set is; every setting that changes a sample's bytes is in it, the weights by their content."""
         values = {k: v for k, v in asdict(self.config).items() if k not in NOT_IN_A_SAMPLE}
         values["step_counts"] = " ".join(map(str, self.config.step_counts))
-        values["weights"] = " ".join(content_hash(s) for s in (self.config.teacher, self.config.codec) if s)
+        values["codec"] = content_hash(str(self.encode.codec.source), CODEC_PARTS)
+        values["teacher"] = content_hash(self.config.teacher) if self.teacher else ""
         return SetMeta("rollout" if self.teacher else "encoded", self.grids.student, self.grids.teacher, values)
 
     def samples(self, unit: Sequence[Triplet]) -> list[Sample]:
@@ -239,10 +257,9 @@ class Worker:
         """
         pairs = [self._pair(triplet) for triplet in unit]
         items = [self._item(t, *pair) for t, pair in zip(unit, pairs, strict=True)]
-        full = padded(items, self.config.batch)
-        encoded = encode(self.codec, full, self.grids, self.null_LE)
-        rolled = self._roll(full, encoded) if self.teacher else [None] * len(full)
-        made = zip(items, pairs, encoded, rolled, strict=False)
+        encoded = self.encode(items)
+        rolled = self._roll(items, encoded) if self.teacher else [None] * len(items)
+        made = zip(items, pairs, encoded, rolled, strict=True)
         return [
             replace(_sample(item, e, r, self.origin), source=source, target=target)
             for item, (source, target), e, r in made
@@ -258,8 +275,10 @@ class Worker:
         return Evolving(triplet.id, clip, triplet.evolution, triplet.instruction, triplet.task)
 
     def _roll(self, items: Sequence[Evolving], encoded: Sequence[Encoded]) -> list[Rollout]:
+        """Roll out a unit, always at full size: the last one is filled up by repeating."""
         assert self.teacher is not None
-        seeds = [seed_of(self.config.seed, item.key, "noise") for item in items]
+        seeds = [seed_of(self.config.seed, item.key, "noise") for item in padded(items, self.config.batch)]
+        encoded = padded(encoded, self.config.batch)
         trajectory = self.teacher.rollout(
             noise_of(seeds, *encoded[0].teacher_known_Cthw.shape),
             teacher_conditions(encoded),
@@ -268,7 +287,7 @@ class Worker:
             guidance=self.config.guide,
             fold=self.config.fold_text_padding,
         )
-        return [self._kept(trajectory, b) for b in range(len(items))]
+        return [self._kept(trajectory, b) for b in range(len(items))]  # the padding is dropped
 
     def _kept(self, path: Trajectory, b: int) -> Rollout:
         """One sample's path, restricted to the latent frames the student makes."""
@@ -285,6 +304,8 @@ def rollout(triplets: Sequence[Triplet], out: str | Path, config: RolloutConfig)
         DataError: a triplet cannot be used, the folder was begun with other settings, or the disk is full.
         CheckpointError: the teacher is missing or damaged.
     """
+    if config.teacher != NO_TEACHER and (bare := [t.id for t in triplets if not t.evolution]):
+        raise DataError(f"{len(bare)} triplets have no evolution prompt, {bare[0]} first", fix="run v4e-shards evolve")
     worker = Worker.of(config)
     mine = list(units(triplets, config.batch))[config.part :: config.parts]
     writer = ShardWriter(
@@ -296,7 +317,7 @@ def rollout(triplets: Sequence[Triplet], out: str | Path, config: RolloutConfig)
         manifest=config.parts == 1,
     )
     with writer:
-        for unit in progress(mine, "roll-out" if worker.teacher else "encode"):
+        for unit in progress(mine, "roll out" if worker.teacher else "encode"):
             if any(t.id not in writer.done for t in unit):
                 _add_new(writer, worker.samples(unit))
     _finish_when_last(Path(out), triplets)
@@ -311,7 +332,7 @@ def _add_new(writer: ShardWriter, samples: Iterable[Sample]) -> None:
 
 def _finish_when_last(out: Path, triplets: Sequence[Triplet]) -> None:
     """Write the manifest once every part has ended."""
-    whole = {key for shard in finished(out) for key in Index((out / shard).with_suffix(".index.json")).keys}
+    whole = {key for shard in finished(out) for key in Index(index_path(out / shard)).keys}
     if all(t.id in whole for t in triplets):
         finish(out)
 
@@ -323,10 +344,11 @@ def _teacher(config: RolloutConfig) -> TeacherPipeline:
 
 
 @cache
-def content_hash(source: str) -> str:
-    """Sixteen hex digits over the weights and configs of a pipeline's folder, so that moving it changes nothing."""
+def content_hash(source: str, parts: tuple[str, ...] = (*CODEC_PARTS, "transformer", "scheduler")) -> str:
+    """Sixteen hex digits over the weights and configs of a pipeline's parts, so that moving it changes nothing."""
     folder, digest = locate(source, ["*"]), hashlib.blake2b(digest_size=8)
-    for path in sorted(p for p in folder.glob("*/*") if p.suffix in (".json", ".safetensors")):
+    files = (path for part in parts for path in (folder / part).glob("*"))
+    for path in sorted(p for p in files if p.suffix in (".json", ".safetensors")):
         digest.update(f"{path.relative_to(folder)} ".encode())
         with open(path, "rb") as file:
             digest.update(hashlib.file_digest(file, "blake2b").digest())
