@@ -174,6 +174,8 @@ def test_faults_are_named():
         ours(x, SIGMAS[:1], c, taps=(0, 3))
     with pytest.raises(ShapeError, match="known latents"):
         ours(x[:, :, :2], SIGMAS[:1], c)
+    with pytest.raises(ShapeError, match="2 images for 1 samples"):
+        ours(x, SIGMAS[:1], conditions("flf2v", 1))
     with pytest.raises(ConfigError, match="unknown attention backend 'flsh'"):
         ours.set_attention("flsh")
 

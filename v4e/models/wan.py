@@ -42,7 +42,7 @@ class WanBackbone(WanTransformer3DModel):
         Inputs are cast to the weights' dtype. A plain tuple leaves the module, as ZeRO-3's hooks need.
 
         Raises:
-            ShapeError: the known latents do not fit the state.
+            ShapeError: the known latents do not fit the state, or the images are not one (FLF2V: two) per sample.
             ConfigError: a tap is no block.
         """
         dtype = self.patch_embedding.weight.dtype
@@ -69,16 +69,26 @@ class WanBackbone(WanTransformer3DModel):
             text_BLE, bias_B11L = fold_padding(text_BLE, conditions.words_B)
         else:
             text_BLE = pad_words(text_BLE, TEXT_TOKENS)
-        sees = self.condition_embedder.image_embedder is not None
-        vision_BNV = conditions.vision_BNV.to(dtype) if sees else None
         temb_BD, modulation_BD, text_BLD, vision_BND = self.condition_embedder(
-            flow.timestep(sigma_B), text_BLE, vision_BNV
+            flow.timestep(sigma_B), text_BLE, self._vision(conditions, dtype)
         )
         tokens_BLD = text_BLD if vision_BND is None else torch.cat([vision_BND, text_BLD], dim=1)
         context = (
             tokens_BLD if bias_B11L is None else Context(tokens_BLD, tokens_BLD.shape[1] - text_BLD.shape[1], bias_B11L)
         )
         return temb_BD, modulation_BD.unflatten(1, (6, -1)), context
+
+    def _vision(self, conditions: Conditions, dtype: torch.dtype) -> Tensor | None:
+        """Vision tokens, of one image per sample or, with positions (FLF2V), of two; None where the model has no use."""
+        if self.condition_embedder.image_embedder is None:
+            return None
+        images = 1 if self.config["pos_embed_seq_len"] is None else 2
+        if len(conditions.vision_BNV) != images * len(conditions.text_BLE):
+            raise ShapeError(
+                f"vision tokens of {len(conditions.vision_BNV)} images for {len(conditions.text_BLE)} samples, where "
+                f"the model takes {images} each"
+            )
+        return conditions.vision_BNV.to(dtype)
 
     def _blocks(
         self,
