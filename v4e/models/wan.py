@@ -79,7 +79,7 @@ class WanBackbone(WanTransformer3DModel):
         return temb_BD, modulation_BD.unflatten(1, (6, -1)), context
 
     def _vision(self, conditions: Conditions, dtype: torch.dtype) -> Tensor | None:
-        """Vision tokens, of one image per sample or, with positions (FLF2V), of two; None where the model has no use."""
+        """Vision tokens, of one image per sample or, with positions (FLF2V), of two; None if the model is blind."""
         if self.condition_embedder.image_embedder is None:
             return None
         images = 1 if self.config["pos_embed_seq_len"] is None else 2
