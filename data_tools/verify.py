@@ -144,8 +144,8 @@ def _walk(path: Path, index: Index) -> None:
         DataError: at the first difference, a path that leaves the folder and a link among them.
     """
     wanted = {f"{key}.{kind}": m for row, key in enumerate(index.keys) for kind, m in index.members(row).items()}
-    with readable(str(path)), _tar(path) as tar:
-        for info in tar:
+    with readable(str(path)):
+        for info in _members_of(path):
             if not info.isreg() or (m := wanted.pop(info.name, None)) is None:
                 raise DataError(f"member {info.name!r} is not one the index names", where=str(path))
             if (info.offset_data, info.size) != (m.offset, m.size):
@@ -154,11 +154,12 @@ def _walk(path: Path, index: Index) -> None:
         raise DataError(f"{len(wanted)} members are missing, {next(iter(wanted))} first", where=str(path))
 
 
-def _tar(path: Path) -> tarfile.TarFile:
+def _members_of(path: Path) -> Iterator[tarfile.TarInfo]:
     try:
-        return tarfile.open(path, "r:")
-    except (tarfile.TarError, OSError) as error:
-        raise DataError(f"no tar: {error}", where=str(path)) from error
+        with tarfile.open(path, "r:") as tar:
+            yield from tar
+    except tarfile.TarError as error:
+        raise DataError(f"no whole tar: {error}", where=str(path)) from error
 
 
 def _check_sample(whole: ShardSet, i: int, note: _Notes) -> Sample | None:

@@ -36,7 +36,7 @@ class Stream:
     """Slices of a shard set, one rank's share of each step.
 
     Attributes:
-        quarantined: key -> why, of the damaged samples this rank has met.
+        quarantined: key -> why, of the damaged samples in the steps this rank has taken.
 
     Args:
         data: a set or its folder.
@@ -70,6 +70,7 @@ class Stream:
             raise DataError("the set holds no samples", where=str(self.set.folder))
         self.seed, self.batch, self.micro_batch, self.rank, self.world = seed, batch, micro_batch, rank, world
         self.quarantined: dict[str, str] = {}
+        self._damaged: dict[str, str] = {}  # as found by the reader, which is a step ahead
         self._pictures, self._cache = pictures, _Cache(cache)
         self._order = lru_cache(maxsize=2)(self._permutation)  # a step may straddle two epochs
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="v4e-stream")
@@ -82,6 +83,8 @@ class Stream:
             DataError: not one sample of the set can be read.
         """
         slices = self._take(step).result()
+        bad = {s.key for piece in slices for s, w in zip(piece.samples, piece.weights, strict=True) if not w}
+        self.quarantined |= {key: self._damaged[key] for key in sorted(bad)}
         self._ahead = step + 1, self._reader.submit(self._read_step, step + 1)
         return slices
 
@@ -123,12 +126,12 @@ class Stream:
 
     def _healthy(self, index: int) -> Sample | None:
         key = self.set.keys[index]
-        if key in self.quarantined:
+        if key in self._damaged:
             return None
         try:
             return self._cache.get(index) or self._cache.put(index, self.set.sample(index, self._pictures))
         except DataError as error:
-            self.quarantined[key] = str(error)
+            self._damaged[key] = str(error)
             return None
 
     def _permutation(self, epoch: int) -> np.ndarray:

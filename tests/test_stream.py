@@ -1,0 +1,150 @@
+"""The order is a pure function of (seed, step): the same on any number of ranks, and with damaged samples."""
+
+import os
+from collections import Counter
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_shards import META, ShardSet, ShardWriter, flip, write
+
+from v4e.data.shards import Index, index_path
+from v4e.data.stream import Slice, Stream, slice_positions
+from v4e.errors import ConfigError, DataError
+
+N = 11
+ORDER = [0, 9, 6, 1, 3, 7, 4, 2, 5, 8, 10, 3, 2, 1, 6, 4, 7, 0, 10, 5, 9, 8]  # of seed 5, two epochs
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> ShardSet:
+    return write(tmp_path_factory.mktemp("stream") / "set", n=N, per_shard=4)
+
+
+def gather(shards: ShardSet, step: int, world: int, batch: int, micro: int, seed: int = 0) -> list[tuple[int, str]]:
+    """(position, key) of a step over all ranks, in global order."""
+    slices: list[Slice] = []
+    for rank in range(world):
+        stream = Stream(shards, seed=seed, batch=batch, micro_batch=micro, rank=rank, world=world)
+        slices += stream.step(step)
+        stream.close()
+    return sorted((p, s.key) for piece in slices for p, s in zip(piece.positions, piece.samples, strict=True))
+
+
+@given(st.sampled_from([(1, 8), (2, 4), (4, 2), (1, 2), (2, 2), (4, 1), (2, 1)]), st.integers(0, 40), st.integers(0, 3))
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_same_order_on_any_number_of_ranks(shards, layout, step, seed):
+    world, micro = layout
+    keys = Stream(shards, seed=seed, batch=8, micro_batch=8).keys_of(step)
+    assert gather(shards, step, world, 8, micro, seed) == list(enumerate(keys, start=8 * step))
+
+
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4), st.integers(0, 1000))
+def test_positions_are_shared_out_without_gap_or_overlap(world, micro, accumulate, step):
+    batch = world * micro * accumulate
+    ranges = [slice_positions(step, batch, micro, rank, world) for rank in range(world)]
+    assert all(len(r) == accumulate for r in ranges)
+    assert [p for a in range(accumulate) for r in ranges for p in r[a]] == list(range(step * batch, (step + 1) * batch))
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+def test_every_epoch_meets_every_sample_once(shards, seed):
+    stream = Stream(shards, seed=seed, batch=1, micro_batch=1)
+    epochs = [[stream.index_of(e * N + i) for i in range(N)] for e in range(3)]
+    assert all(sorted(epoch) == list(range(N)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_the_order_never_changes(shards):
+    """Pinned: a numpy or v4e that orders otherwise would silently break every resumed run."""
+    stream = Stream(shards, seed=5, batch=1, micro_batch=1)
+    assert [stream.index_of(i) for i in range(2 * N)] == ORDER
+
+
+def test_the_step_is_the_whole_state(shards):
+    """Forwards, backwards and after a jump, the same step gives the same slices."""
+    walked = Stream(shards, seed=1, batch=4, micro_batch=2)
+    forwards = [keys_and_weights(walked.step(s)) for s in range(6)]
+    assert [keys_and_weights(walked.step(s)) for s in (4, 0, 5, 5)] == [forwards[s] for s in (4, 0, 5, 5)]
+    assert keys_and_weights(Stream(shards, seed=1, batch=4, micro_batch=2).step(3)) == forwards[3]
+
+
+def keys_and_weights(slices: list[Slice]) -> list[tuple[list[str], tuple[float, ...]]]:
+    return [([s.key for s in piece.samples], piece.weights) for piece in slices]
+
+
+@pytest.mark.parametrize(("batch", "micro", "world"), [(6, 4, 1), (8, 4, 3), (0, 1, 1), (4, 0, 1)])
+def test_sizes_that_do_not_divide_are_refused(shards, batch, micro, world):
+    with pytest.raises(ConfigError, match=f"batch = {batch} is no multiple of {world} ranks . micro_batch = {micro}"):
+        Stream(shards, seed=0, batch=batch, micro_batch=micro, world=world)
+
+
+def test_ranks_and_empty_sets(shards, tmp_path):
+    with pytest.raises(ConfigError, match="rank 2 is not one of 2"):
+        Stream(shards, seed=0, batch=4, micro_batch=2, rank=2, world=2)
+    with ShardWriter(tmp_path, META):
+        pass
+    with pytest.raises(DataError, match="no samples"):
+        Stream(tmp_path, seed=0, batch=1, micro_batch=1)
+
+
+def damage(shards: ShardSet, *rows: int) -> None:
+    """Flip a byte in the tensors of the first shard's samples."""
+    path = shards.folder / "000-000000.tar"
+    for row in rows:
+        flip(path, Index(index_path(path)).member(row, "encoded.safetensors").offset + 200)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_damaged_sample_keeps_its_place_with_weight_0(tmp_path, world):
+    shards = write(tmp_path, n=8, per_shard=4)
+    healthy = [gather(shards, s, 1, 4, 4) for s in range(4)]
+    damage(shards, 1, 2)
+    streams = [Stream(tmp_path, seed=0, batch=4, micro_batch=2, rank=r, world=world) for r in range(world)]
+    weights: Counter[str] = Counter()
+    for step in range(4):
+        slices = [piece for stream in streams for piece in stream.step(step)]
+        found = sorted((p, s.key) for piece in slices for p, s in zip(piece.positions, piece.samples, strict=True))
+        assert found == healthy[step]
+        for piece in slices:
+            weights.update({s.key: w for s, w in zip(piece.samples, piece.weights, strict=True)})
+            assert all(s.encoded.clip_Cthw.shape == (2, 2, 2, 2) for s in piece.samples)
+    assert weights == {f"s{i:04d}": 0 if i in (1, 2) else 2 for i in range(8)}
+    named = {k: why for stream in streams for k, why in stream.quarantined.items()}
+    assert named.keys() == {"s0001", "s0002"} and "000-000000.tar, key s0001" in named["s0001"]
+
+
+def test_a_shard_cut_short_while_training(tmp_path):
+    shards = write(tmp_path, n=8, per_shard=4)
+    stream = Stream(shards, seed=0, batch=8, micro_batch=8)
+    assert stream.quarantined == {}
+    os.truncate(tmp_path / "000-000001.tar", 0)
+    (piece,) = stream.step(0)
+    assert sum(piece.weights) == 4 and stream.quarantined.keys() == {f"s{i:04d}" for i in range(4, 8)}
+
+
+def test_a_set_without_one_readable_sample_stops(tmp_path):
+    shards = write(tmp_path, n=3, per_shard=4)
+    damage(shards, 0, 1, 2)
+    with pytest.raises(DataError, match="not one sample can be read.*verify"):
+        Stream(shards, seed=0, batch=1, micro_batch=1).step(0)
+
+
+def test_the_cache_keeps_what_fits(shards, monkeypatch):
+    reads: Counter[int] = Counter()
+    read = ShardSet.sample
+    monkeypatch.setattr(
+        ShardSet, "sample", lambda self, i, pictures=False: reads.update([i]) or read(self, i, pictures)
+    )
+    for cache, expected in ((10**9, 1), (0, 3)):
+        reads.clear()
+        stream = Stream(shards, seed=0, batch=N, micro_batch=N, cache=cache)
+        for step in range(3):
+            stream.step(step)
+        stream.close()
+        assert all(n >= expected for n in reads.values()) and (max(reads.values()) == 1) == (expected == 1)
+
+
+def test_pictures_on_demand(shards):
+    (piece,) = Stream(shards, seed=0, batch=2, micro_batch=2, pictures=True).step(0)
+    assert all(s.source is not None for s in piece.samples)
