@@ -29,7 +29,7 @@ from v4e.models.attention import Attention
 from v4e.models.codec import WanCodec
 from v4e.models.folder import locate
 from v4e.nouns import Clip, Encoded, Grid, Origin, Rollout, Sample, seed_of
-from v4e.pipelines import CODEC_PARTS, Guidance, Solver, TeacherPipeline, Trajectory, noise_of
+from v4e.pipelines import CODEC_PARTS, BatchCodec, Guidance, Solver, TeacherPipeline, Trajectory, noise_of
 
 X = TypeVar("X")
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -136,7 +136,7 @@ Ends = Literal["first", "first_and_last", "both"]
 class Encoder:
     """Makes samples as the DiTs see them; texts met before are remembered, for captions repeat.
 
-    The codec sees one sample at a time, so neither neighbours nor memory change a bit.
+    The plain codec sees one sample at a time, so that neither neighbours nor memory change a bit.
 
     Args:
         grids: of the student's and the teacher's clip.
@@ -189,20 +189,21 @@ def pack_clips(
         items: drawn lazily; a restart needs the same ones in the same order.
         grid: of the clips; here it is both models' grid.
         ends: see :class:`Encoder`; each of the three VAE passes a clip costs about the same.
-        batch: clips between two ticks of the progress bar.
+        batch: clips that are encoded together (BatchCodec), always the same ones.
         settings: what the clips depend on, such as a world's seed.
         total: number of items, for the progress bar.
 
     Raises:
         DataError: the folder was begun with other settings, or the disk is full.
     """
-    encode, origin = Encoder(codec, Grids(grid, grid), ends), origin or Origin(tool=TOOL)
-    meta = SetMeta("pretrain", grid, grid, {"ends": ends, "codec": content_hash(str(codec.source), CODEC_PARTS), **(settings or {})})
+    encode, origin = Encoder(BatchCodec.over(codec), Grids(grid, grid), ends), origin or Origin(tool=TOOL)
+    said = {"ends": ends, "batch": batch, "codec": content_hash(str(codec.source), CODEC_PARTS)}
+    meta = SetMeta("pretrain", grid, grid, {**said, **(settings or {})})
     with ShardWriter(out, meta, samples_per_shard=samples_per_shard) as writer:
         for unit in progress(units(items, batch), "pack clips", total=total and -(-total // batch)):
-            new = [item for item in unit if item.key not in writer.done]
-            for item, e in zip(new, encode(new) if new else [], strict=True):
-                writer.add(_sample(item, e, None, origin))
+            if any(item.key not in writer.done for item in unit):
+                encoded = encode(padded(unit, batch))
+                _add_new(writer, [_sample(i, e, None, origin) for i, e in zip(unit, encoded, strict=False)])
     return ShardSet.open(out)
 
 
