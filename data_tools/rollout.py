@@ -182,7 +182,9 @@ def pack_clips(
     settings: Mapping[str, Setting] | None = None,
     origin: Origin | None = None,
     total: int | None = None,
-) -> ShardSet:
+    part: int = 0,
+    parts: int = 1,
+) -> ShardSet | None:
     """Shards of evolving clips, to pre-train I2V (first frame known) and FLF2V (both ends known).
 
     Args:
@@ -192,6 +194,8 @@ def pack_clips(
         batch: clips that are encoded together (BatchCodec), always the same ones.
         settings: what the clips depend on, such as a world's seed.
         total: number of items, for the progress bar.
+        part, parts: this process packs units part, part + parts, ...; when there are several, the caller ends with
+            :func:`v4e.data.shards.finish`, and None is returned.
 
     Raises:
         DataError: the folder was begun with other settings, or the disk is full.
@@ -199,8 +203,9 @@ def pack_clips(
     encode, origin = Encoder(BatchCodec.over(codec), Grids(grid, grid), ends), origin or Origin(tool=TOOL)
     said = {"ends": ends, "batch": batch, "codec": content_hash(str(codec.source), CODEC_PARTS)}
     meta = SetMeta("pretrain", grid, grid, {**said, **(settings or {})})
-    with ShardWriter(out, meta, samples_per_shard=samples_per_shard) as writer:
-        for unit in progress(units(items, batch), "pack clips", total=total and -(-total // batch)):
+    mine = islice(units(items, batch), part, None, parts)
+    with ShardWriter(out, meta, samples_per_shard=samples_per_shard, part=part, manifest=parts == 1) as writer:
+        for unit in progress(mine, "pack clips", total=total and -(-total // (batch * parts))):
             if any(item.key not in writer.done for item in unit):
                 encoded = encode(padded(unit, batch))
                 _add_new(writer, [_sample(i, e, None, origin) for i, e in zip(unit, encoded, strict=False)])

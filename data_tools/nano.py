@@ -1,0 +1,535 @@
+"""`make nano`: train wan-nano from nothing, in resumable stages, deterministic by seed.
+
+Stages, each a folder under the work directory with a checkpoint it resumes from:
+
+    vae      AutoencoderKLWan on images, then clips              text     tokenizer and UMT5 encoder
+    vision   CLIP vision encoder                                 pack     clips -> shards, as the trainer reads them
+    teacher  FLF2V on 9-frame clips (recipes/flow_matching.py)   i2v      I2V on 5-frame clips, from the teacher
+    bundle   bf16 folders in diffusers layout                    card     measured figures
+
+The encoders have no loop of v4e's own: they are what a user of real Wan downloads. The two DiTs are trained by
+`v4e train`, as any model is.
+"""
+
+import argparse
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from data_tools import world
+from data_tools.rollout import TOOL, Evolving, pack_clips
+from v4e.journal import progress
+from v4e.models.codec import WanCodec
+from v4e.nouns import Clip, Origin, seed_of
+from v4e.pipelines import Card, few_step_scheduler
+
+SIZE = 64
+IMAGE_STEPS, CLIP_STEPS, WHOLE_STEPS = 700, 900, 120
+
+
+# ------------------------------------------------------------------------------------------------ optimiser
+
+
+def orthogonalise(g: Tensor, steps: int = 5) -> Tensor:
+    """Nearest semi-orthogonal matrix by Newton-Schulz (Jordan et al. 2024, Muon; quintic coefficients)."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = g.flatten(1).float()
+    flipped = x.shape[0] > x.shape[1]
+    x = x.T if flipped else x
+    x = x / (x.norm() + 1e-7)
+    for _ in range(steps):
+        m = x @ x.T
+        x = a * x + (b * m + c * m @ m) @ x
+    return (x.T if flipped else x).reshape(g.shape)
+
+
+class ConvMuon(torch.optim.Optimizer):
+    """Muon on kernels seen as [out, in * k] matrices; torch's own takes 2-D parameters only."""
+
+    def __init__(self, params, lr: float = 0.02, momentum: float = 0.95) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                buffer = state.setdefault("momentum", torch.zeros_like(p))
+                buffer.lerp_(p.grad, 1 - group["momentum"])
+                update = orthogonalise(p.grad.lerp(buffer, group["momentum"]))
+                scale = max(1.0, p.shape[0] / (p.numel() / p.shape[0])) ** 0.5
+                p.add_(update, alpha=-group["lr"] * scale)
+
+
+def muon_and_adam(module: nn.Module, muon_lr: float, adam_lr: float) -> list[torch.optim.Optimizer]:
+    """Muon for kernels and matrices, AdamW for gains, biases and embeddings."""
+    inner = [p for n, p in module.named_parameters() if p.ndim >= 2 and min(p.shape[0], p[0].numel()) > 8 and "emb" not in n]
+    taken = {id(p) for p in inner}
+    rest = [p for p in module.parameters() if id(p) not in taken]
+    return [ConvMuon(inner, lr=muon_lr), torch.optim.AdamW(rest, lr=adam_lr, betas=(0.9, 0.99), weight_decay=0.0)]
+
+
+@dataclass
+class Stage:
+    """A resumable training stage: module, optimisers and step are saved together, atomically.
+
+    Args:
+        folder: holds state.pt (own file, read with weights_only) while training and done.json after it.
+    """
+
+    folder: Path
+    module: nn.Module
+    optimisers: list[torch.optim.Optimizer]
+    steps: int
+    save_every: int = 100
+
+    def run(self, loss_of: Callable[[int], Tensor], title: str) -> None:
+        """Improve the module for the remaining steps; ``loss_of(step)`` must be a pure function of the step."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        start = self._restore()
+        peaks = [[g["lr"] for g in o.param_groups] for o in self.optimisers] if not start else self.peaks
+        self.peaks, trail = peaks, []
+        for step in progress(range(start, self.steps), title, total=self.steps, start=start):
+            for o, lrs in zip(self.optimisers, peaks, strict=True):
+                for group, lr in zip(o.param_groups, lrs, strict=True):
+                    group["lr"] = lr * min(1.0, (step + 1) / 20) * min(1.0, (self.steps - step) / (0.4 * self.steps))
+            loss = loss_of(step)
+            for o in self.optimisers:
+                o.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
+            for o in self.optimisers:
+                o.step()
+            trail.append(loss.item())
+            if (step + 1) % self.save_every == 0 or step + 1 == self.steps:
+                print(json.dumps({"stage": title, "step": step + 1, "loss": sum(trail) / len(trail)}), flush=True)
+                trail = []
+                self._save(step + 1)
+
+    def _save(self, step: int) -> None:
+        state = {
+            "step": step,
+            "module": self.module.state_dict(),
+            "optimisers": [o.state_dict() for o in self.optimisers],
+            "peaks": self.peaks,
+        }
+        torch.save(state, self.folder / "state.tmp")
+        os.replace(self.folder / "state.tmp", self.folder / "state.pt")
+
+    def _restore(self) -> int:
+        if not (self.folder / "state.pt").exists():
+            return 0
+        state = torch.load(self.folder / "state.pt", weights_only=True)
+        self.module.load_state_dict(state["module"])
+        for o, s in zip(self.optimisers, state["optimisers"], strict=True):
+            o.load_state_dict(s)
+        self.peaks = state["peaks"]
+        return state["step"]
+
+
+# ------------------------------------------------------------------------------------------------------ vae
+
+
+def new_vae() -> AutoencoderKLWan:
+    """4x in space (8x is too coarse for 64 pixels), 4x in time, 16 channels."""
+    return AutoencoderKLWan(
+        base_dim=16,
+        z_dim=16,
+        dim_mult=[1, 2, 2],
+        num_res_blocks=1,
+        attn_scales=[],
+        temperal_downsample=[True, True],
+        is_residual=True,
+        scale_factor_temporal=4,
+        scale_factor_spatial=4,
+        latents_mean=[0.0] * 16,
+        latents_std=[1.0] * 16,
+    )
+
+
+def raw_decode(vae: AutoencoderKLWan, z: Tensor) -> Tensor:
+    """``vae.decode`` without its final clamp, whose gradient is zero where it is most needed."""
+    vae.clear_cache()
+    x, frames = vae.post_quant_conv(z), []
+    for i in range(z.shape[2]):
+        vae._conv_idx = [0]
+        first = {"first_chunk": True} if i == 0 else {}
+        frames.append(vae.decoder(x[:, :, i : i + 1], feat_cache=vae._feat_map, feat_idx=vae._conv_idx, **first))
+    vae.clear_cache()
+    return torch.cat(frames, 2)
+
+
+def to_float(clips: list[np.ndarray]) -> Tensor:
+    """uint8 [T, 3, H, W] arrays to one fp32 tensor [B, 3, T, H, W] in [-1, 1]."""
+    return torch.from_numpy(np.stack(clips)).movedim(1, 2).float() / 127.5 - 1
+
+
+def vae_clip(kind: float, edit: world.Edit, T: int) -> np.ndarray:
+    """What the VAE must carry: evolving clips, an edit held still, and the grey-filled clips of the conditions."""
+    if kind < 0.4:
+        return edit.clip(T)
+    source, target = edit.source, edit.target
+    if kind < 0.75:
+        return np.stack([source, *[target] * (T - 1)])
+    grey = np.full_like(source, 128)
+    return np.stack([source, *[grey] * (T - 2), target if kind < 0.9 else grey])
+
+
+def vae_batch(step: int, seed: int) -> Tensor:
+    """Quarter crops of images, then of clips of 5 and 9 frames in turn, at last whole clips [B, 3, T, H, W].
+
+    A convolutional codec learns as much from a quarter of the picture at a quarter of the cost; only its one
+    attention layer must get to know the whole.
+    """
+    rng = np.random.default_rng([seed, 1, step])
+    offset = 1_000_000 + step * 16
+    if step < IMAGE_STEPS:
+        edits = [world.draw(seed, offset + i, "train", size=SIZE) for i in range(16)]
+        return to_float([_quarter((e.source if i % 2 else e.target)[None], rng) for i, e in enumerate(edits)])
+    whole = step >= IMAGE_STEPS + CLIP_STEPS
+    T, B = ((5, 8), (9, 5))[step % 2] if not whole else ((5, 3), (9, 2))[step % 2]
+    clips = [vae_clip(rng.random(), world.draw(seed, offset + i, "train", size=SIZE), T) for i in range(B)]
+    return to_float(clips if whole else [_quarter(c, rng) for c in clips])
+
+
+def _quarter(clip: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    y, x = rng.integers(0, SIZE // 2 + 1, 2)
+    return clip[..., y : y + SIZE // 2, x : x + SIZE // 2]
+
+
+def texture_energy(x: Tensor) -> Tensor:
+    """Root-mean-square Laplacian over 8x8 blocks of every frame: how much fine detail there is, not where."""
+    luma = x.mean(1).flatten(0, 1)[:, None]
+    laplacian = 4 * luma[..., 1:-1, 1:-1] - luma[..., :-2, 1:-1] - luma[..., 2:, 1:-1] - luma[..., 1:-1, :-2] - luma[..., 1:-1, 2:]
+    return (F.avg_pool2d(laplacian**2, 8, ceil_mode=True) + 1e-5).sqrt()
+
+
+def vae_loss(vae: AutoencoderKLWan, x: Tensor, noise_seed: int) -> Tensor:
+    """Squared error, a little KL to keep latents near unit scale, and detail energy against blur."""
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        moments = vae._encode(x)
+        mean, log_var = moments.float().chunk(2, dim=1)
+        log_var = log_var.clamp(-20, 4)
+        z = mean + torch.randn(mean.shape, generator=torch.Generator().manual_seed(noise_seed)) * (0.5 * log_var).exp()
+        y = raw_decode(vae, z)
+    y = y.float()
+    kl = 0.5 * (mean**2 + log_var.exp() - 1 - log_var).mean()
+    return F.mse_loss(y, x) + 1e-5 * kl + 0.01 * F.l1_loss(texture_energy(y), texture_energy(x))
+
+
+def train_vae(work: Path, seed: int) -> None:
+    """Train, then measure the latents' mean and deviation per channel and write the diffusers folder."""
+    torch.manual_seed(seed_of(seed, "vae"))
+    vae = new_vae()
+    nn.init.constant_(vae.quant_conv.bias[16:], -5.0)  # start with little posterior noise; KL finds its own level
+    stage = Stage(work / "vae", vae, muon_and_adam(vae, 0.02, 3e-3), IMAGE_STEPS + CLIP_STEPS + WHOLE_STEPS)
+    stage.run(lambda step: vae_loss(vae, vae_batch(step, seed), seed_of(seed, "noise", step)), "vae")
+    mean, std = latent_statistics(vae, seed)
+    vae.register_to_config(latents_mean=mean, latents_std=std)
+    vae.save_pretrained(work / "vae" / "folder")
+
+
+@torch.no_grad()
+def latent_statistics(vae: AutoencoderKLWan, seed: int, count: int = 64) -> tuple[list[float], list[float]]:
+    """Per-channel mean and standard deviation over training clips."""
+    clips = to_float([world.draw(seed, 2_000_000 + i, "train", size=SIZE).clip(5) for i in range(count)])
+    z = torch.cat([vae.encode(c).latent_dist.mode() for c in clips.split(16)])
+    return z.mean((0, 2, 3, 4)).tolist(), z.std((0, 2, 3, 4)).tolist()
+
+
+@torch.no_grad()
+def vae_psnr(vae: AutoencoderKLWan, count: int = 64, T: int = 5) -> float:
+    """Mean PSNR in dB of held-out clips through encode and decode."""
+    clips = to_float([world.draw(0, i, "heldout", size=SIZE).clip(T) for i in range(count)])
+    y = torch.cat([vae.decode(vae.encode(c).latent_dist.mode()).sample for c in clips.split(16)])
+    mse = ((y - clips) / 2).pow(2).mean((1, 2, 3, 4))
+    return float((-10 * mse.log10()).mean())
+
+
+# -------------------------------------------------------------------------------------------- text and vision
+
+WIDTH = 128  # of text and vision embeddings
+TEXT_STEPS, VISION_STEPS = 1000, 1000
+WORDS = 48  # tokens per text while training
+
+
+def texts_of(edit: world.Edit) -> list[str]:
+    """A concise instruction and an evolution caption: the encoder, as umT5, knows the language of both."""
+    return [edit.instruction, edit.evolution]
+
+
+def train_tokenizer(seed: int, vocabulary: int = 768):
+    """Byte-level BPE, so that no text is out of vocabulary, over the world's language and a little other English."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    specials = ["<pad>", "</s>", "<unk>", "<mask>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=specials,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    corpus = [text for i in range(3000) for text in texts_of(world.draw(seed, 3_000_000 + i, "train", size=SIZE))]
+    tokenizer.train_from_iterator(corpus + ["a photo of a dog and a cat, a man, a woman, a car, a house"] * 3, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", mask_token="<mask>",
+        model_max_length=512, padding_side="right",
+    )  # fmt: skip
+
+
+def new_text_encoder(vocabulary: int):
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    config = UMT5Config(
+        vocab_size=vocabulary,
+        d_model=WIDTH,
+        d_kv=32,
+        d_ff=256,
+        num_layers=3,
+        num_heads=4,
+        dropout_rate=0.0,
+        pad_token_id=0,
+        eos_token_id=1,
+        decoder_start_token_id=0,
+        is_encoder_decoder=False,
+        tie_word_embeddings=False,
+    )
+    return UMT5EncoderModel(config)
+
+
+FACETS: dict[str, tuple[str, ...]] = {
+    "task": world.TASKS,
+    "subject_colour": ("", *world.COLOURS),
+    "subject_shape": ("", *world.SHAPES),
+    "result_colour": ("", *world.COLOURS),
+    "result_shape": ("", *world.SHAPES),
+    "result_size": ("", *world.SIZES),
+    "result_place": ("", *world.PLACES),
+    "scene": ("", *world.BACKGROUNDS),
+}
+
+
+def facets_of(edit: world.Edit) -> list[int]:
+    """What a text says, one class per facet."""
+    subject, result = edit.subject, edit.result
+    says = {
+        "task": edit.task,
+        "subject_colour": subject.colour if subject else "",
+        "subject_shape": subject.shape if subject else "",
+        "result_colour": result.colour if result else "",
+        "result_shape": result.shape if result else "",
+        "result_size": result.scale if edit.task == "add" and result else "",
+        "result_place": world.place_of(result) if edit.task in ("add", "move") and result else "",
+        "scene": edit.scene,
+    }
+    return [FACETS[name].index(value) for name, value in says.items()]
+
+
+class TextTask(nn.Module):
+    """An encoder with a masked-word head on every token and facet heads on the last one."""
+
+    def __init__(self, encoder: nn.Module, vocabulary: int) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.words = nn.Linear(WIDTH, vocabulary)
+        self.facets = nn.ModuleList(nn.Linear(WIDTH, len(values)) for values in FACETS.values())
+
+    def forward(self, ids_BL: Tensor, mask_BL: Tensor, hidden_BL: Tensor, facets_BF: Tensor) -> Tensor:
+        """Masked-word plus facet cross-entropy; ``hidden_BL`` marks the tokens that were masked out."""
+        seen = torch.where(hidden_BL, 3, ids_BL)
+        h_BLE = self.encoder(seen, mask_BL).last_hidden_state
+        words = F.cross_entropy(self.words(h_BLE[hidden_BL]), ids_BL[hidden_BL])
+        clean_BLE = self.encoder(ids_BL, mask_BL).last_hidden_state
+        last_BE = clean_BLE[torch.arange(len(ids_BL)), mask_BL.sum(1) - 1]
+        says = [F.cross_entropy(head(last_BE), facets_BF[:, i]) for i, head in enumerate(self.facets)]
+        return words + torch.stack(says).sum()
+
+
+def text_batch(tokenizer, step: int, seed: int, count: int = 32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Both texts of ``count`` edits: ids, attention mask, which tokens are hidden, facets."""
+    edits = [world.draw(seed, 4_000_000 + step * count + i, "train", size=SIZE) for i in range(count)]
+    texts = [t for e in edits for t in texts_of(e)]
+    tokens = tokenizer(texts, padding=True, truncation=True, max_length=WORDS, return_tensors="pt")
+    generator = torch.Generator().manual_seed(seed_of(seed, "mask", step))
+    hidden = (torch.rand(tokens.input_ids.shape, generator=generator) < 0.15) & (tokens.input_ids > 3)
+    facets = torch.tensor([f for e in edits for f in (facets_of(e), facets_of(e))])
+    return tokens.input_ids, tokens.attention_mask, hidden, facets
+
+
+def train_text(work: Path, seed: int) -> None:
+    """Tokenizer, then encoder: masked words, and what the text asks for, read off its last token."""
+    torch.manual_seed(seed_of(seed, "text"))
+    tokenizer = train_tokenizer(seed)
+    task = TextTask(new_text_encoder(len(tokenizer)), len(tokenizer))
+    adam = torch.optim.AdamW(task.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=0.01)
+    Stage(work / "text", task, [adam], TEXT_STEPS).run(lambda step: task(*text_batch(tokenizer, step, seed)), "text")
+    tokenizer.save_pretrained(work / "text" / "tokenizer")
+    task.encoder.save_pretrained(work / "text" / "folder")
+
+
+def new_vision_encoder():
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    return CLIPVisionModel(
+        CLIPVisionConfig(
+            hidden_size=WIDTH,
+            intermediate_size=256,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            image_size=SIZE,
+            patch_size=16,
+            projection_dim=WIDTH,
+        )
+    )
+
+
+def image_processor():
+    """CLIP's own preprocessing at this size."""
+    from transformers import CLIPImageProcessor
+
+    return CLIPImageProcessor(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE})
+
+
+class VisionTask(nn.Module):
+    """Says of each patch which colours and shapes of object cover it, from the tokens that Wan will read."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.head = nn.Linear(WIDTH, len(world.COLOURS) + len(world.SHAPES))
+
+    def forward(self, pixels_B3HW: Tensor, cover_BNF: Tensor) -> Tensor:
+        """Binary cross-entropy against the covered share of each patch."""
+        tokens = self.encoder(pixel_values=pixels_B3HW, output_hidden_states=True).hidden_states[-2][:, 1:]
+        return F.binary_cross_entropy_with_logits(self.head(tokens), cover_BNF, pos_weight=torch.tensor(4.0))
+
+
+def cover_of(edit: world.Edit) -> Tensor:
+    """Share of each 16-pixel patch of the source covered by objects of each colour and shape [N, colours + shapes]."""
+    cover = torch.zeros(len(world.COLOURS) + len(world.SHAPES), SIZE, SIZE)
+    for thing in (*edit.rest, *([edit.subject] if edit.subject else [])):
+        alpha = torch.from_numpy(thing.alpha)
+        cover[list(world.COLOURS).index(thing.colour)] += alpha
+        cover[len(world.COLOURS) + world.SHAPES.index(thing.shape)] += alpha
+    return F.avg_pool2d(cover.clamp(max=1), 16).flatten(1).T
+
+
+def vision_batch(processor, step: int, seed: int, count: int = 32) -> tuple[Tensor, Tensor]:
+    edits = [world.draw(seed, 5_000_000 + step * count + i, "train", size=SIZE) for i in range(count)]
+    pixels = processor(images=[e.source.transpose(1, 2, 0) for e in edits], return_tensors="pt").pixel_values
+    return pixels, torch.stack([cover_of(e) for e in edits])
+
+
+def train_vision(work: Path, seed: int) -> None:
+    """CLIP's vision tower, taught to see the world's objects."""
+    torch.manual_seed(seed_of(seed, "vision"))
+    task, processor = VisionTask(new_vision_encoder()), image_processor()
+    adam = torch.optim.AdamW(task.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01)
+    Stage(work / "vision", task, [adam], VISION_STEPS).run(lambda s: task(*vision_batch(processor, s, seed)), "vision")
+    task.encoder.save_pretrained(work / "vision" / "folder")
+    processor.save_pretrained(work / "vision" / "processor")
+
+
+# ---------------------------------------------------------------------------------------- folders and packing
+
+DIT = {
+    "patch_size": (1, 2, 2),
+    "num_attention_heads": 4,
+    "attention_head_dim": 48,
+    "in_channels": 36,
+    "out_channels": 16,
+    "text_dim": WIDTH,
+    "freq_dim": 256,
+    "ffn_dim": 576,
+    "num_layers": 6,
+    "image_dim": WIDTH,
+    "added_kv_proj_dim": 192,
+    "rope_max_seq_len": 1024,
+}
+VISION_TOKENS = (SIZE // 16) ** 2 + 1
+FRAMES = {"teacher": 9, "i2v": 5}
+CLIPS = {"teacher": 2500, "i2v": 8000}
+SHIFT = 3.0
+
+
+def assemble(work: Path, name: str, out: Path) -> Path:
+    """A pipeline folder in diffusers layout with the trained encoders and, so far, a transformer's config alone."""
+    from diffusers import WanTransformer3DModel
+
+    parts = {"vae": "vae/folder", "text_encoder": "text/folder", "tokenizer": "text/tokenizer"}
+    parts |= {"image_encoder": "vision/folder", "image_processor": "vision/processor"}
+    shutil.rmtree(out, ignore_errors=True)
+    for part, where in parts.items():
+        shutil.copytree(work / where, out / part)
+    with torch.device("meta"):
+        flf2v = {"pos_embed_seq_len": 2 * VISION_TOKENS} if name == "teacher" else {}
+        WanTransformer3DModel(**DIT, **flf2v).save_config(out / "transformer")
+    base = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=SHIFT)
+    (base if name == "teacher" else few_step_scheduler(SHIFT)).save_pretrained(out / "scheduler")
+    (out / "model_index.json").write_text(json.dumps(MODEL_INDEX, indent=2) + "\n")
+    Card(frames=FRAMES[name], sizes=((SIZE, SIZE),), shift=SHIFT).write(out)
+    return out
+
+
+MODEL_INDEX = {
+    "_class_name": "WanImageToVideoPipeline",
+    "_diffusers_version": "0.42.1",
+    "boundary_ratio": None,
+    "expand_timesteps": False,
+    "image_encoder": ["transformers", "CLIPVisionModel"],
+    "image_processor": ["transformers", "CLIPImageProcessor"],
+    "scheduler": ["diffusers", "UniPCMultistepScheduler"],
+    "text_encoder": ["transformers", "UMT5EncoderModel"],
+    "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
+    "transformer": ["diffusers", "WanTransformer3DModel"],
+    "transformer_2": [None, None],
+    "vae": ["diffusers", "AutoencoderKLWan"],
+}
+
+
+def evolving(seed: int, name: str) -> Iterator[Evolving]:
+    """Training clips with their captions; teacher and student see different ones."""
+    offset = {"teacher": 6_000_000, "i2v": 7_000_000}[name]
+    for i in range(CLIPS[name]):
+        edit = world.draw(seed, offset + i, "train", size=SIZE)
+        clip = Clip(torch.from_numpy(edit.clip(FRAMES[name])))
+        yield Evolving(edit.key, clip, edit.evolution, edit.instruction, edit.task)
+
+
+def pack(work: Path, seed: int, name: str, part: int = 0, parts: int = 1) -> None:
+    """Encode a model's clips into shards; the VAE in bf16, as the shards keep bf16."""
+    arch = work / "arch" / name
+    codec = WanCodec.load(arch)
+    grid = codec.grid(FRAMES[name], SIZE, SIZE)
+    ends = "first_and_last" if name == "teacher" else "first"
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        pack_clips(
+            evolving(seed, name),
+            work / f"shards-{name}",
+            codec,
+            grid,
+            ends=ends,
+            settings={"world": seed},
+            origin=Origin("procedural clips over scikit-image and scikit-learn photographs", "CC0/BSD", "", seed, TOOL),
+            total=CLIPS[name],
+            part=part,
+            parts=parts,
+        )
