@@ -1,0 +1,280 @@
+"""Triplets come in checked: every bad line has its reason, every good one its normalised pictures."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_tools import cli, ingest
+from v4e.errors import ConfigError, DataError, ShapeError
+
+SIZE = (32, 48)
+
+
+def picture(seed: int, size: tuple[int, int] = SIZE) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (*size, 3), dtype=np.uint8))
+
+
+class Raw:
+    """A folder of pictures and the lines that name them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.lines, self.out = folder / "raw", [], folder / "out"
+        self.folder.mkdir()
+        for name in "abcdefgh":
+            picture(ord(name)).save(self.folder / f"{name}.png")
+
+    def add(self, key: object, instruction: object = "make it red", source="a.png", edited="b.png", **more) -> None:
+        row = {"id": key, "instruction": instruction, "source": source, "edited": edited, **more}
+        self.lines.append(json.dumps({k: v for k, v in row.items() if v is not None}).encode())
+
+    @property
+    def jsonl(self) -> Path:
+        path = self.folder / "edits.jsonl"
+        path.write_bytes(b"\n".join(self.lines) + b"\n")
+        return path
+
+    def take(self, **options) -> ingest.Report:
+        return ingest.ingest(self.jsonl, self.out, SIZE, **{"max_reject_fraction": 1.0, **options})
+
+    def rejects(self) -> list[dict]:
+        return [json.loads(line) for line in (self.out / "rejects.jsonl").read_bytes().splitlines()]
+
+
+@pytest.fixture
+def raw(tmp_path) -> Raw:
+    return Raw(tmp_path)
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path))
+
+
+def test_good_lines(raw):
+    raw.add("one", " paint it größer ", task="style", mask="h.png", extra={"a": 1}, seed=7)
+    raw.add(2, edited="c.png", evolution="it reddens")
+    assert str(raw.take()) == "2 taken, 0 taken before, 0 rejected"
+    one, two = ingest.read_triplets(raw.out)
+    assert (one.id, one.instruction, one.task, one.extra) == ("one", "paint it größer", "style", {"seed": 7, "a": 1})
+    assert (two.id, two.evolution, two.mask) == ("2", "it reddens", None)
+    assert np.array_equal(pixels(one.source), pixels(raw.folder / "a.png"))
+    assert pixels(one.mask).shape == (*SIZE, 3)
+    assert one.read_source().size == SIZE and two.read_target((16, 16)).size == (16, 16)
+
+
+REASONS = {
+    "missing file": {"source": "nowhere.png"},
+    "undecodable": {"edited": "torn.png"},
+    "empty instruction": {"instruction": "  \n"},
+    "unequal sizes": {"edited": "square.png"},
+    "source == edited": {"edited": "a.png"},
+    "illegal id": {"key": "a.b"},
+    "duplicate id": {"key": "good"},
+    "missing field": {"edited": None},
+    "wrong type": {"task": 3},
+}
+
+
+@pytest.mark.parametrize("reason", REASONS)
+def test_each_reason(raw, reason):
+    torn = (raw.folder / "b.png").read_bytes()
+    (raw.folder / "torn.png").write_bytes(torn[: len(torn) // 2])
+    picture(1, (32, 32)).save(raw.folder / "square.png")
+    raw.add("good")
+    raw.add(**{"key": "bad", **REASONS[reason]})
+    report = raw.take()
+    assert report.rejected == {reason: 1} and report.accepted == 1
+    (row,) = raw.rejects()
+    assert (row["line"], row["id"], row["reason"]) == (2, REASONS[reason].get("key", "bad"), reason) and row["detail"]
+    named = {"missing file": "nowhere.png", "undecodable": "torn.png", "unequal sizes": "square.png"}
+    assert reason not in named or row["file"].endswith(named[reason])
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b'{"id": "x", "instruction": "\xff\xfe", "source": "a.png", "edited": "b.png"}', "not UTF-8"),
+        (rb'{"id": "x", "instruction": "\ud800", "source": "a.png", "edited": "b.png"}', "not UTF-8"),
+        (b"{", "not json"),
+        (b'["x"]', "not json"),
+        (b"\x89PNG\r\x1a", "not UTF-8"),
+    ],
+)
+def test_lines_that_cannot_be_read(raw, line, reason):
+    raw.lines += [line, b"", b"  "]
+    raw.add("good")
+    assert raw.take().rejected == {reason: 1} and [t.id for t in ingest.read_triplets(raw.out)] == ["good"]
+
+
+def exif_turned(path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees to see it upright
+    picture(0, SIZE).transpose(Image.Transpose.ROTATE_90).save(path, exif=exif, lossless=True)
+
+
+def transparent(path: Path) -> None:
+    layer = picture(0)
+    layer.putalpha(Image.fromarray(np.repeat([[0] * 24 + [255] * 24], 32, 0).astype(np.uint8)))
+    layer.save(path)
+
+
+MODES = {
+    "L": lambda p: picture(0).convert("L").save(p),
+    "P": lambda p: picture(0).quantize(16).save(p),
+    "1": lambda p: picture(0).convert("1").save(p),
+    "CMYK": lambda p: picture(0).convert("CMYK").save(p.with_suffix(".jpg")),
+    "I;16": lambda p: Image.fromarray(np.full(SIZE, 0x8000, np.uint16)).save(p),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_modes_become_rgb(raw, mode):
+    path = raw.folder / "odd.png"
+    MODES[mode](path)
+    name = "odd.jpg" if mode == "CMYK" else "odd.png"
+    raw.add("odd", source=name)
+    assert raw.take().accepted == 1
+    found = pixels(ingest.read_triplets(raw.out)[0].source)
+    assert found.shape == (*SIZE, 3) and found.dtype == np.uint8
+    assert mode != "I;16" or (found == 0x80).all()
+
+
+def test_orientation_and_transparency(raw):
+    exif_turned(raw.folder / "turned.webp")
+    transparent(raw.folder / "clear.png")
+    raw.add("x", source="turned.webp", edited="clear.png")
+    raw.take()
+    (x,) = ingest.read_triplets(raw.out)
+    assert np.array_equal(pixels(x.source), np.asarray(picture(0)))
+    assert (pixels(x.edited)[:, :24] == 255).all()
+    assert np.array_equal(pixels(x.edited)[:, 24:], np.asarray(picture(0))[:, 24:])
+
+
+def test_sizes_are_scaled_to_cover_and_cropped(raw):
+    picture(1, (64, 128)).save(raw.folder / "wide.png")
+    picture(2, (128, 256)).save(raw.folder / "wider.png")  # of the same shape: it aligns
+    raw.add("x", source="wide.png", edited="wider.png")
+    assert raw.take().accepted == 1
+    (x,) = ingest.read_triplets(raw.out)
+    assert pixels(x.source).shape == pixels(x.edited).shape == (*SIZE, 3)
+
+
+def test_exact_fit_takes_no_other_size(raw):
+    picture(1, (64, 96)).save(raw.folder / "double.png")
+    raw.add("x", source="double.png", edited="double.png")
+    raw.add("y")
+    assert raw.take(fit="exact").rejected == {"wrong size": 1}
+
+
+def test_too_many_rejects_are_an_error_after_everything_is_written(raw):
+    for key in ("x", "x", "y"):
+        raw.add(key)
+    with pytest.raises(DataError, match=r"rejects.jsonl: 2 taken, 0 taken before, 1 rejected: 1 duplicate id.*mend"):
+        raw.take(max_reject_fraction=0.3)
+    assert len(ingest.read_triplets(raw.out)) == 2
+    assert raw.take(max_reject_fraction=0.34).reused == 2
+
+
+def test_again_reads_only_what_is_new_or_mended(raw, monkeypatch):
+    raw.add("x")
+    raw.add("y", edited="later.png")
+    raw.add("z", edited="c.png")
+    assert (raw.take().accepted, raw.take().reused) == (2, 2)
+    ingest.add_evolutions(raw.out)
+    before = {t.id: t for t in ingest.read_triplets(raw.out)}
+    picture(5).save(raw.folder / "later.png")
+    picture(6).save(raw.folder / "c.png")
+    os.utime(raw.folder / "c.png", ns=(1, 1))
+    opened: list[str] = []
+    normalise = ingest.normalise
+    monkeypatch.setattr(ingest, "normalise", lambda path: opened.append(path.name) or normalise(path))
+    report = raw.take()
+    assert (report.accepted, report.reused, report.rejected) == (2, 1, {})
+    assert sorted(opened) == ["a.png", "a.png", "c.png", "later.png"]
+    x, y, z = ingest.read_triplets(raw.out)
+    assert x == before["x"] and x.evolution and not y.evolution and not z.evolution
+
+
+def test_a_killed_run_is_gone_on_with(raw):
+    for n, edited in enumerate("bcdefgh"):
+        raw.add(f"k{n}", edited=f"{edited}.png")
+
+    def killed(lines) -> Iterator:
+        for n, line in enumerate(lines):
+            if n == 5:
+                raise KeyboardInterrupt
+            yield line
+
+    with pytest.raises(KeyboardInterrupt):
+        raw.take(watch=killed, workers=1)
+    with open(raw.out / ".accepted.jsonl", "ab") as log:
+        log.write(b'{"id": "half a li')
+    report = raw.take()
+    assert (report.accepted, report.reused) == (3, 4)
+    assert [t.id for t in ingest.read_triplets(raw.out)] == [f"k{n}" for n in range(7)]
+    assert not (raw.out / ".accepted.jsonl").exists()
+
+
+def test_arguments_are_checked(raw):
+    raw.add("x")
+    raw.take()
+    with pytest.raises(DataError, match="height was 32 and is now 64"):
+        ingest.ingest(raw.jsonl, raw.out, (64, 48))
+    with pytest.raises(ShapeError, match="H = 33"):
+        ingest.ingest(raw.jsonl, raw.out, (33, 48))
+    with pytest.raises(DataError, match="no such file"):
+        ingest.ingest(raw.folder / "none.jsonl", raw.out, SIZE)
+    with pytest.raises(ConfigError, match="neither crop nor exact"):
+        ingest.ingest(raw.jsonl, raw.out, SIZE, fit="stretch")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="write to another folder"):
+        ingest.ingest(raw.out / "triplets.jsonl", raw.out, SIZE)
+    with pytest.raises(DataError, match="no triplets.jsonl.*ingest"):
+        ingest.read_triplets(raw.folder)
+
+
+def test_a_damaged_list_names_its_line(raw):
+    raw.add("x")
+    raw.take()
+    path = raw.out / "triplets.jsonl"
+    path.write_bytes(path.read_bytes() + b'{"id": "y"}\n')
+    with pytest.raises(DataError, match="triplets.jsonl, line 2"):
+        ingest.read_triplets(raw.out)
+
+
+def test_a_picture_lost_after_ingesting_names_file_and_key(raw):
+    raw.add("x")
+    raw.take()
+    (x,) = ingest.read_triplets(raw.out)
+    x.edited.unlink()
+    with pytest.raises(DataError, match=r"x.edited.png, key x"):
+        x.read_target()
+
+
+def test_evolutions(raw):
+    raw.add("x", "remove the red ball", edited="b.png")
+    raw.add("y", "make it snow", edited="c.png", task="weather", evolution="snow falls")
+    raw.take()
+    assert ingest.add_evolutions(raw.out) == {"remove": 1}
+    x, y = ingest.read_triplets(raw.out)
+    assert "fades out" in x.evolution and x.writer == "template 1" and x.task == "remove"
+    assert (y.evolution, y.writer, y.task) == ("snow falls", "", "weather")
+    assert ingest.add_evolutions(raw.out) == {} and ingest.add_evolutions(raw.out, again=True) == {"remove": 1}
+
+
+def test_the_door(raw, capsys):
+    raw.add("x")
+    raw.add("y", edited="torn.png")
+    words = [str(raw.jsonl), str(raw.out), "--height", "32", "--width", "48"]
+    assert cli.main(["ingest", *words]) == DataError.exit_code
+    assert "1 rejected: 1 missing file" in capsys.readouterr().err
+    assert cli.main(["ingest", *words, "--max-reject-fraction", "0.5"]) == 0
+    assert cli.main(["evolve", str(raw.out)]) == 0
+    assert cli.main(["verify", str(raw.out)]) == DataError.exit_code
+    assert "no manifest.json" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["--help"])
+    assert stopped.value.code == 0 and "rollout" in capsys.readouterr().out
