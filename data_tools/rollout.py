@@ -21,7 +21,7 @@ from data_tools.ingest import Triplet, read_triplets
 from v4e import config as settings_of
 from v4e import flow
 from v4e.data.collate import teacher_conditions
-from v4e.data.shards import Index, SetMeta, Setting, ShardSet, ShardWriter, finish, finished, index_path
+from v4e.data.shards import Index, SetMeta, Setting, ShardWriter, finish, finished, index_path
 from v4e.errors import ConfigError, DataError
 from v4e.journal import progress
 from v4e.losses import change_map
@@ -202,14 +202,15 @@ def pack_clips(
     """
     encode, origin = Encoder(BatchCodec.over(codec), Grids(grid, grid), ends), origin or Origin(tool=TOOL)
     said = {"ends": ends, "batch": batch, "codec": content_hash(str(codec.source), CODEC_PARTS)}
-    meta = SetMeta("pretrain", grid, grid, {**said, **(settings or {})})
-    mine = islice(units(items, batch), part, None, parts)
-    with ShardWriter(out, meta, samples_per_shard=samples_per_shard, part=part, manifest=parts == 1) as writer:
-        for unit in progress(mine, "pack clips", total=total and -(-total // (batch * parts))):
-            if any(item.key not in writer.done for item in unit):
+    meta, seen = SetMeta("pretrain", grid, grid, {**said, **(settings or {})}), 0
+    with ShardWriter(out, meta, samples_per_shard=samples_per_shard, part=part, manifest=False) as writer:
+        ticks = progress(units(items, batch), "pack clips", total=total and -(-total // batch))
+        for number, unit in enumerate(ticks):
+            seen += len(unit)
+            if number % parts == part and any(item.key not in writer.done for item in unit):
                 encoded = encode(padded(unit, batch))
                 _add_new(writer, [_sample(i, e, None, origin) for i, e in zip(unit, encoded, strict=False)])
-    return ShardSet.open(out)
+    return _finish_when_last(Path(out), seen)
 
 
 # ------------------------------------------------------------------------------------------------- rolling
@@ -320,14 +321,13 @@ def rollout(triplets: Sequence[Triplet], out: str | Path, config: RolloutConfig)
         samples_per_shard=config.samples_per_shard,
         dtype=TYPES[config.stored],
         part=config.part,
-        manifest=config.parts == 1,
+        manifest=False,
     )
     with writer:
         for unit in progress(mine, "roll out" if worker.teacher else "encode"):
             if any(t.id not in writer.done for t in unit):
                 _add_new(writer, worker.samples(unit))
-    _finish_when_last(Path(out), triplets)
-    return Path(out)
+    return _finish_when_last(Path(out), len(triplets))
 
 
 def _add_new(writer: ShardWriter, samples: Iterable[Sample]) -> None:
@@ -336,11 +336,11 @@ def _add_new(writer: ShardWriter, samples: Iterable[Sample]) -> None:
             writer.add(sample)
 
 
-def _finish_when_last(out: Path, triplets: Sequence[Triplet]) -> None:
-    """Write the manifest once every part has ended."""
-    whole = {key for shard in finished(out) for key in Index(index_path(out / shard)).keys}
-    if all(t.id in whole for t in triplets):
+def _finish_when_last(out: Path, samples: int) -> Path:
+    """Write the manifest once every part has ended, which is when as many samples are safe."""
+    if sum(len(Index(index_path(out / shard))) for shard in finished(out)) == samples:
         finish(out)
+    return out
 
 
 def _teacher(config: RolloutConfig) -> TeacherPipeline:
