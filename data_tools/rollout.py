@@ -184,7 +184,7 @@ def pack_clips(
     total: int | None = None,
     part: int = 0,
     parts: int = 1,
-) -> ShardSet | None:
+) -> Path:
     """Shards of evolving clips, to pre-train I2V (first frame known) and FLF2V (both ends known).
 
     Args:
@@ -194,8 +194,7 @@ def pack_clips(
         batch: clips that are encoded together (BatchCodec), always the same ones.
         settings: what the clips depend on, such as a world's seed.
         total: number of items, for the progress bar.
-        part, parts: this process packs units part, part + parts, ...; when there are several, the caller ends with
-            :func:`v4e.data.shards.finish`, and None is returned.
+        part, parts: this process packs units part, part + parts, ...; the last to end writes the manifest.
 
     Raises:
         DataError: the folder was begun with other settings, or the disk is full.
