@@ -11,7 +11,7 @@ from v4e.errors import DataError, V4EError
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; an error the user can mend is one line on stderr and its own exit code."""
     words = sys.argv[1:] if argv is None else list(argv)
-    args = _parser(words).parse_args(words)
+    args = parser(words).parse_args(words)
     try:
         return args.run(args)
     except V4EError as error:
@@ -23,9 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def ingest(args: argparse.Namespace) -> int:
-    from v4e.journal import progress
-
     from data_tools import ingest as room
+    from v4e.journal import progress
 
     report = room.ingest(
         args.jsonl,
@@ -41,9 +40,8 @@ def ingest(args: argparse.Namespace) -> int:
 
 
 def evolve(args: argparse.Namespace) -> int:
-    from v4e.journal import progress
-
     from data_tools.ingest import add_evolutions
+    from v4e.journal import progress
 
     counts = add_evolutions(args.folder, again=args.again, watch=lambda rows: progress(rows, "evolve"))
     print(", ".join(f"{n} {task}" for task, n in counts.most_common()) or "every prompt was there already")
@@ -57,9 +55,8 @@ def rollout(args: argparse.Namespace) -> int:
 
 
 def verify(args: argparse.Namespace) -> int:
-    from v4e.journal import progress
-
     from data_tools import verify as room
+    from v4e.journal import progress
 
     report = room.verify(
         args.folder,
@@ -73,9 +70,8 @@ def verify(args: argparse.Namespace) -> int:
 
 
 def look(args: argparse.Namespace) -> int:
-    from v4e.journal import progress
-
     from data_tools import look as room
+    from v4e.journal import progress
 
     page = args.page or Path(args.folder) / "look.html"
     codec = _codec(args.codec)
@@ -100,15 +96,16 @@ def _lines_in(jsonl: str) -> int | None:
         return None  # ingest says what is wrong with it
 
 
-def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="v4e-shards", description="From edit triplets to shards for training.")
-    verbs = parser.add_subparsers(metavar="VERB", required=True)
+def parser(words: Sequence[str]) -> argparse.ArgumentParser:
+    """The command line; ``words`` say whether the models' settings are needed."""
+    top = argparse.ArgumentParser(prog="v4e-shards", description="From edit triplets to shards for training.")
+    verbs = top.add_subparsers(metavar="VERB", required=True)
     _add_ingest(verbs.add_parser("ingest", help="check and normalise triplets", description=_INGEST))
     _add_evolve(verbs.add_parser("evolve", help="write evolution prompts"))
     _add_rollout(verbs.add_parser("rollout", help="encode triplets and roll out the teacher, into shards"), words)
     _add_verify(verbs.add_parser("verify", help="read every byte of a shard folder"))
     _add_look(verbs.add_parser("look", help="show a shard folder on one HTML page"))
-    return parser
+    return top
 
 
 _INGEST = "Each line of the jsonl holds id, instruction, source, edited and, if it likes, mask, task, evolution, extra."

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -263,6 +264,14 @@ def test_evolutions(raw):
     assert "fades out" in x.evolution and x.writer == "template 1" and x.task == "remove"
     assert (y.evolution, y.writer, y.task) == ("snow falls", "", "weather")
     assert ingest.add_evolutions(raw.out) == {} and ingest.add_evolutions(raw.out, again=True) == {"remove": 1}
+
+
+def test_commands_of_the_docs_parse():
+    text = (Path(__file__).parents[1] / "docs/shards.md").read_text()
+    found = [line.split()[1:] for line in re.findall(r"^v4e-shards .*", text, re.MULTILINE)]
+    assert [words[0] for words in found] == ["ingest", "evolve", "rollout", "verify", "look"]
+    for words in found:
+        assert callable(cli.parser(words).parse_args(words).run)
 
 
 def test_the_door(raw, capsys):
