@@ -10,8 +10,7 @@ from v4e.errors import DataError, V4EError
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; an error the user can mend is one line on stderr and its own exit code."""
-    words = sys.argv[1:] if argv is None else list(argv)
-    args = parser(words).parse_args(words)
+    args = parse(sys.argv[1:] if argv is None else argv)
     try:
         return args.run(args)
     except V4EError as error:
@@ -46,12 +45,6 @@ def evolve(args: argparse.Namespace) -> int:
     counts = add_evolutions(args.folder, again=args.again, watch=lambda rows: progress(rows, "evolve"))
     print(", ".join(f"{n} {task}" for task, n in counts.most_common()) or "every prompt was there already")
     return 0
-
-
-def rollout(args: argparse.Namespace) -> int:
-    from data_tools import rollout as room
-
-    return room.run(args)
 
 
 def verify(args: argparse.Namespace) -> int:
@@ -96,18 +89,30 @@ def _lines_in(jsonl: str) -> int | None:
         return None  # ingest says what is wrong with it
 
 
-def parser(words: Sequence[str]) -> argparse.ArgumentParser:
-    """The command line; ``words`` say whether the models' settings are needed."""
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """A command line; its ``run`` is the verb."""
+    if list(words[:1]) != ["rollout"]:
+        return _parser().parse_args(words)
+    from data_tools import rollout  # imports the models, which takes seconds that `--help` should not
+
+    parser = argparse.ArgumentParser(prog="v4e-shards rollout", description=_ROLLOUT)
+    parser.set_defaults(run=rollout.run)
+    rollout.add_arguments(parser)
+    return parser.parse_intermixed_args(words[1:])  # settings may follow options
+
+
+def _parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="v4e-shards", description="From edit triplets to shards for training.")
     verbs = top.add_subparsers(metavar="VERB", required=True)
     _add_ingest(verbs.add_parser("ingest", help="check and normalise triplets", description=_INGEST))
     _add_evolve(verbs.add_parser("evolve", help="write evolution prompts"))
-    _add_rollout(verbs.add_parser("rollout", help="encode triplets and roll out the teacher, into shards"), words)
+    verbs.add_parser("rollout", help=_ROLLOUT)
     _add_verify(verbs.add_parser("verify", help="read every byte of a shard folder"))
     _add_look(verbs.add_parser("look", help="show a shard folder on one HTML page"))
     return top
 
 
+_ROLLOUT = "encode triplets and roll out the teacher, into shards"
 _INGEST = "Each line of the jsonl holds id, instruction, source, edited and, if it likes, mask, task, evolution, extra."
 
 
@@ -128,14 +133,6 @@ def _add_evolve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", help="folder written by ingest")
     parser.add_argument("--again", action="store_true", help="also rewrite prompts that evolve wrote before")
     parser.set_defaults(run=evolve)
-
-
-def _add_rollout(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
-    if words[:1] == ["rollout"]:  # importing the models takes seconds, which `--help` should not
-        from data_tools import rollout as room
-
-        room.add_arguments(parser)
-    parser.set_defaults(run=rollout)
 
 
 def _add_verify(parser: argparse.ArgumentParser) -> None:

@@ -271,7 +271,7 @@ def test_commands_of_the_docs_parse():
     found = [line.split()[1:] for line in re.findall(r"^v4e-shards .*", text, re.MULTILINE)]
     assert [words[0] for words in found] == ["ingest", "evolve", "rollout", "verify", "look"]
     for words in found:
-        assert callable(cli.parser(words).parse_args(words).run)
+        assert callable(cli.parse(words).run)
 
 
 def test_the_door(raw, capsys):
