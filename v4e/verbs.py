@@ -51,6 +51,35 @@ class Editor(Protocol):
     def __call__(self, clip: Clip, instruction: str, *, seed: int) -> Clip: ...
 
 
+class Slice(Protocol):
+    """One micro-batch of one rank, with the global position of each sample; a weight is 0 where one is damaged."""
+
+    @property
+    def samples(self) -> Sequence[Sample]: ...
+
+    @property
+    def weights(self) -> Sequence[float]: ...
+
+    @property
+    def positions(self) -> tuple[int, ...]: ...
+
+
+class Stream(Protocol):
+    """One rank's share of every step; a pure function of the step, so that resuming needs no state.
+
+    Sample m of slice a on a rank has position step * batch + (a * world + rank) * micro_batch + m.
+    """
+
+    @property
+    def quarantined(self) -> Mapping[str, str]:
+        """Key -> why, of the damaged samples this rank has met."""
+        ...
+
+    def step(self, step: int) -> Sequence[Slice]:
+        """The slices to accumulate, in order."""
+        ...
+
+
 class Codec(Protocol):
     """Pixels to normalised latents and back, text and images to embeddings."""
 

@@ -1,0 +1,159 @@
+"""A recipe of toys for the training tests: a small net with RoPE-like buffers, taps, checkpointing, and a teacher.
+
+Run as a script, it trains under the deepspeed launcher: ``toy_training.py OUTPUT key=value ... [--kill-at N]``.
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from v4e import config
+from v4e.config import Loop
+from v4e.nouns import Draw, Losses, Optim, Player, Sample
+from v4e.train.run import train_recipe
+from v4e.verbs import Backbone
+
+C, D, S = 4, 32, 6  # channels, width, tokens
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(D), nn.Linear(D, 2 * D), nn.Linear(2 * D, D)
+        self.scale = nn.Parameter(torch.ones(1, 2, D))
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h + self.scale[:, :1] * self.down(nn.functional.gelu(self.up(self.norm(h)))) * self.scale[:, 1:]
+
+
+class Net(nn.Module):
+    """Tokens in, velocity and taps out, as a plain tuple."""
+
+    def __init__(self, checkpointing: bool = False) -> None:
+        super().__init__()
+        self.checkpointing = checkpointing
+        self.embed, self.head = nn.Linear(C, D), nn.Linear(D, C)
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
+        angles = torch.outer(torch.arange(S), 1 / 10000 ** (torch.arange(0, D, dtype=torch.float64) / D))
+        self.register_buffer("table", angles.cos().float(), persistent=False)
+
+    def forward(self, x: Tensor, sigma: Tensor, conditions: None = None, taps: tuple[int, ...] = ()) -> tuple:
+        x = x.to(self.embed.weight.dtype)
+        h, tapped = self.embed(x) + self.table.to(x.dtype) + sigma.to(x.dtype)[:, None, None], []
+        for i, block in enumerate(self.blocks):
+            h = checkpoint(block, h, use_reentrant=False) if self.checkpointing else block(h)
+            tapped += [h] if i in taps else []
+        return (self.head(h), *tapped)
+
+
+def made(seed: int, checkpointing: bool = False) -> Net:
+    """A net whose weights are a function of the seed."""
+    torch.manual_seed(seed)
+    return Net(checkpointing)
+
+
+def tensors(net: Net) -> list[tuple[str, Tensor]]:
+    return [(n, t.detach()) for n, t in (*net.named_parameters(), *net.named_buffers())]
+
+
+@dataclass(frozen=True)
+class ToyBatch:
+    keys: tuple[str, ...]
+    weight_B: Tensor
+    x_BSC: Tensor
+
+
+@dataclass(frozen=True)
+class Toy:
+    """Match a frozen teacher's output and hidden states on made-up tokens. ``poison`` makes a key's loss NaN."""
+
+    teacher: bool = True
+    poison: str = ""
+    poison_from: int = 0
+    poison_to: int = 10**9
+    zero_stage: int = 3
+    optim: Optim = field(default_factory=lambda: Optim(lr=1e-2))
+    loop: Loop = field(default_factory=Loop)
+
+    def players(self) -> Sequence[Player]:
+        student = self._player("student", 1, True)
+        return [student, self._player("teacher", 2, False)] if self.teacher else [student]
+
+    def batch(self, samples: Sequence[Sample], weights: Sequence[float]) -> ToyBatch:
+        x = torch.stack([torch.randn(S, C, generator=torch.Generator().manual_seed(int(s.key))) for s in samples])
+        return ToyBatch(tuple(s.key for s in samples), torch.tensor(weights), x)
+
+    def turns(self, step: int) -> Sequence[str]:
+        return ("student",)
+
+    def losses(self, players: Mapping[str, Backbone], batch: ToyBatch, draw: Draw, turn: str, step: int) -> Losses:
+        x, sigma = batch.x_BSC + draw.normal("noise", S, C).to(batch.x_BSC), draw.uniform("sigma").to(batch.x_BSC)
+        taps = (0, 1)
+        wanted = tuple(torch.zeros(1) for _ in range(3))
+        if self.teacher:
+            with torch.no_grad():
+                wanted = players["teacher"](x, sigma, None, taps)
+        found = players[turn](x, sigma, None, taps)
+        v, *hidden = [((f.float() - w.float()) ** 2).mean() for f, w in zip(found, wanted, strict=True)]
+        if self.poison in batch.keys and self.poison_from <= step < self.poison_to:
+            v = v * float("nan")
+        return Losses({"velocity": v, "block": torch.stack(hidden).mean()}, {"velocity": 1.0, "block": 0.5})
+
+    def _player(self, name: str, seed: int, trains: bool) -> Player:
+        build = lambda: Net(self.loop.checkpointing)  # noqa: E731
+        return Player(name, build, lambda: tensors(made(seed)), trains, self.optim, self.zero_stage)  # type: ignore
+
+
+@dataclass(frozen=True)
+class ToySlice:
+    samples: tuple[Sample, ...]
+    weights: tuple[float, ...]
+    positions: tuple[int, ...]
+
+
+class ToyStream:
+    """Sample number p is called p. ``log`` gets a line of keys for each step."""
+
+    def __init__(self, loop: Loop, rank: int, world: int, log: Path | None = None, kill_at: int = -1) -> None:
+        self.loop, self.rank, self.world, self.log, self.kill_at = loop, rank, world, log, kill_at
+        self.quarantined: dict[str, str] = {}
+
+    def step(self, step: int) -> list[ToySlice]:
+        if step == self.kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        micro, unit = self.loop.micro_batch, self.loop.micro_batch * self.world
+        firsts = range(step * self.loop.batch + self.rank * micro, (step + 1) * self.loop.batch, unit)
+        slices = [self._slice(range(f, f + micro)) for f in firsts]
+        if self.log:
+            with open(self.log, "a") as file:
+                file.write(f"{step} {self.rank} {[s.key for x in slices for s in x.samples]}\n")
+        return slices
+
+    def _slice(self, positions: range) -> ToySlice:
+        samples = tuple(Sample(str(p), "", "", None, None) for p in positions)
+        return ToySlice(samples, (1.0,) * len(positions), tuple(positions))
+
+
+def toy(output: Path, *words: str) -> Toy:
+    """A toy recipe from dotlist words."""
+    plain = [f"loop.output={output}", "loop.wandb.mode=disabled", "loop.log_every=1", "loop.threads=1"]
+    return config.build(Toy, config.OmegaConf.create({}), [*plain, *words], "toy")
+
+
+def main(output: str, *words: str) -> None:
+    kill_at = int(words[words.index("--kill-at") + 1]) if "--kill-at" in words else -1
+    recipe = toy(Path(output), *(w for w in words if "=" in w))
+    Path(output).mkdir(parents=True, exist_ok=True)
+    train_recipe(recipe, lambda r, w: ToyStream(recipe.loop, r, w, Path(output) / f"keys_{r}.txt", kill_at))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
+

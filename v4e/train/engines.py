@@ -1,0 +1,409 @@
+"""Players as DeepSpeed engines: built inside ZeRO's context, weights streamed in, one optimiser each.
+
+Frozen players get an engine without optimiser. Everything enters a network through its engine, so that ZeRO-3 can
+gather what it needs.
+"""
+
+import json
+import logging
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+from deepspeed.utils import logger as deepspeed_logger
+from deepspeed.utils import safe_get_full_fp32_param
+from torch import Tensor, nn
+
+from v4e.config import Loop
+from v4e.dist import Ranks
+from v4e.errors import CheckpointError, ConfigError
+from v4e.nouns import Optim, Player
+
+BUCKET = 50_000_000  # elements reduced or gathered at once; a 4M model fits into one
+PERSISTENT = 100_000  # ZeRO-3 leaves parameters below this many elements whole: norms, biases, tables
+MOMENTUM = 0.95  # Muon's
+
+
+@dataclass(frozen=True)
+class Role:
+    """A player on stage.
+
+    Args:
+        player: its declaration.
+        engine: DeepSpeed's, to be called as a :class:`v4e.verbs.Backbone`.
+        stage: ZeRO stage it runs at.
+        settings: DeepSpeed's configuration as JSON, for the journal.
+    """
+
+    player: Player
+    engine: DeepSpeedEngine
+    stage: int
+    settings: str
+
+    @property
+    def lr(self) -> dict[str, float]:
+        """Current learning rates by optimiser part."""
+        return {("muon" if g.get("use_muon") else "adamw"): g["lr"] for g in self.engine.optimizer.param_groups}
+
+    def set_lr(self, factor: float) -> None:
+        """Multiply the declared learning rates."""
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = factor * (self.player.optim.muon_lr if group.get("use_muon") else self.player.optim.lr)
+
+    def step(self) -> tuple[float, bool]:
+        """Step the optimiser if this is an accumulation boundary; (gradient norm, whether weights moved)."""
+        boundary = self.engine.is_gradient_accumulation_boundary()
+        self.engine.step()
+        norm = self.engine.get_global_grad_norm() if boundary else None
+        return float("nan") if norm is None else float(norm), self.engine.was_step_applied()
+
+    def masters(self) -> list[Tensor]:
+        """This rank's share of the fp32 weights, flat or whole, in a fixed order; written in place by the optimiser."""
+        optimizer = self.engine.optimizer
+        if self.stage == 3:
+            return list(optimizer.fp32_partitioned_groups_flat)
+        if self.stage:
+            return list(optimizer.single_partition_of_fp32_groups)
+        groups = optimizer.fp32_groups if self._has_copies else [g["params"] for g in optimizer.param_groups]
+        return [p for group in groups for p in group]
+
+    def full_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, whole fp32 tensor) of each trained parameter; every rank must draw all of them."""
+        copies = self._copies() if self.stage == 0 else {}
+        for name, parameter in self.engine.module.named_parameters():
+            if parameter.requires_grad:
+                whole = copies[parameter] if self.stage == 0 else safe_get_full_fp32_param(parameter)
+                yield name, whole.detach().float()
+
+    def refresh(self) -> None:
+        """Round the fp32 weights into those the forward pass uses; for what wrote the masters from outside."""
+        for parameter, master in self._copies().items() if self.stage == 0 else ():
+            parameter.data.copy_(master)
+
+    @property
+    def _has_copies(self) -> bool:
+        return self.engine.bfloat16_enabled()
+
+    def _copies(self) -> dict[nn.Parameter, Tensor]:
+        """Master of each trained parameter, where ZeRO does not partition them."""
+        optimizer = self.engine.optimizer
+        if not self._has_copies:
+            return {p: p for group in optimizer.param_groups for p in group["params"]}
+        pairs = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
+        return {p: master for low, high in pairs for p, master in zip(low, high, strict=True)}
+
+
+@dataclass(frozen=True)
+class Cast(Mapping[str, DeepSpeedEngine]):
+    """The players by name; indexing gives the engine, which is what a recipe calls."""
+
+    roles: Mapping[str, Role]
+
+    def __getitem__(self, name: str) -> DeepSpeedEngine:
+        return self.roles[name].engine
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.roles)
+
+    def __len__(self) -> int:
+        return len(self.roles)
+
+    @property
+    def trained(self) -> dict[str, Role]:
+        return {name: role for name, role in self.roles.items() if role.player.trains}
+
+    @contextmanager
+    def only(self, turn: str) -> Iterator[Role]:
+        """Let gradients reach one trained player alone."""
+        others = [p for n, role in self.trained.items() if n != turn for p in role.engine.parameters() if p.requires_grad]
+        for p in others:
+            p.requires_grad_(False)
+        try:
+            yield self.trained[turn]
+        finally:
+            for p in others:
+                p.requires_grad_(True)
+
+
+def cast(players: Sequence[Player], loop: Loop, ranks: Ranks) -> Cast:
+    """Materialise players as engines.
+
+    Raises:
+        ConfigError: sizes do not fit the number of ranks; an optimiser cannot do what is asked.
+        CheckpointError: weights are missing, unknown or of another shape.
+    """
+    if len({p.name for p in players}) != len(players):
+        raise ConfigError(f"players share a name: {', '.join(p.name for p in players)}", where="recipe")
+    _prepare(ranks)
+    return Cast({p.name: _engage(p, loop, ranks) for p in players})
+
+
+def accumulation(loop: Loop, world: int) -> int:
+    """Micro-batches per rank and step.
+
+    Raises:
+        ConfigError: the batch does not divide.
+    """
+    unit = world * loop.micro_batch
+    if min(loop.batch, loop.micro_batch) < 1 or loop.batch % unit:
+        what = f"batch {loop.batch} is no multiple of {world} ranks * micro_batch {loop.micro_batch}"
+        raise ConfigError(what, where="loop.batch", fix=f"use a multiple of {max(1, unit)}")
+    return loop.batch // unit
+
+
+def deepspeed_config(player: Player, stage: int, loop: Loop, ranks: Ranks) -> dict[str, Any]:
+    """All that DeepSpeed is told, in one place."""
+    on_cpu = ranks.device.type == "cpu"
+    zero = {
+        "stage": stage,
+        "overlap_comm": not on_cpu and stage > 1,  # gloo has no streams to overlap
+        "contiguous_gradients": not on_cpu or stage == 3,
+        "reduce_scatter": player.optim.name != "muon",  # Muon needs whole gradients
+        "reduce_bucket_size": BUCKET,
+        "allgather_bucket_size": BUCKET,
+        "stage3_param_persistence_threshold": PERSISTENT,
+    }
+    return {
+        "train_micro_batch_size_per_gpu": loop.micro_batch,
+        "gradient_accumulation_steps": accumulation(loop, ranks.world),
+        # In fp32 without ZeRO, DeepSpeed neither reports norms nor skips bad steps: _Guarded clips there.
+        "gradient_clipping": 0.0 if stage == 0 and loop.precision == "fp32" else loop.clip,
+        "bf16": {"enabled": loop.precision == "bf16", "check_grad_overflow": True},
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": None,
+        "wall_clock_breakdown": False,
+    }
+
+
+@contextmanager
+def exchanged(role: Role, average: Sequence[Tensor]) -> Iterator[None]:
+    """Inside, the fp32 weights are the averaged ones; the averages hold the weights meanwhile."""
+    _swap(role.masters(), average)
+    try:
+        yield
+    finally:
+        _swap(role.masters(), average)
+
+
+@torch.no_grad()
+def _swap(a: Sequence[Tensor], b: Sequence[Tensor]) -> None:
+    for x, y in zip(a, b, strict=True):
+        kept = x.clone()
+        x.copy_(y)
+        y.copy_(kept)
+
+
+def _prepare(ranks: Ranks) -> None:
+    """Join DeepSpeed to the process group that dist.py made, and keep it quiet."""
+    deepspeed_logger.setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    if ranks.device.type == "cpu":
+        # DeepSpeed would compile its shared-memory all-reduce, which asks a compiler of the user; gloo does.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        torch.compiler.set_stance("force_eager")  # its Muon is torch.compiled, a minute per shape on a CPU
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, dist_backend=_backend(ranks))
+
+
+def _backend(ranks: Ranks) -> str:
+    return "gloo" if ranks.device.type == "cpu" else "nccl"
+
+
+def _engage(player: Player, loop: Loop, ranks: Ranks) -> Role:
+    # Stages 1 and 2 shard optimiser states and gradients, of which a frozen player has none.
+    stage = player.zero_stage if player.trains or player.zero_stage == 3 else 0
+    _refuse(player, stage, loop)
+    config = deepspeed_config(player, stage, loop, ranks)
+    module = _build(player, config, stage, ranks)
+    engine = _trained(module, player, stage, config, loop, ranks) if player.trains else _frozen(module, config)
+    return Role(player, engine, stage, json.dumps(config, indent=1))
+
+
+def _refuse(player: Player, stage: int, loop: Loop) -> None:
+    """Name what DeepSpeed would do wrongly without a word."""
+    if player.trains and player.optim.name == "muon" and stage and loop.clip:
+        raise ConfigError(
+            f"ZeRO stage {stage} clips Muon's orthogonalised update, not the gradient: clip {loop.clip} would shrink it",
+            where=f"optim of player {player.name}",
+            fix="set loop.clip=0, or zero_stage=0",
+        )
+
+
+def _build(player: Player, config: dict[str, Any], stage: int, ranks: Ranks) -> nn.Module:
+    with _construction(config, stage):
+        module = player.build()
+    _pour(module, player, stage, ranks)
+    return module
+
+
+def _construction(config: dict[str, Any], stage: int) -> AbstractContextManager:
+    return deepspeed.zero.Init(config_dict_or_path=config) if stage == 3 else nullcontext()
+
+
+@torch.no_grad()
+def _pour(module: nn.Module, player: Player, stage: int, ranks: Ranks) -> None:
+    """Copy every named tensor into the parameters and buffers of a fresh module."""
+    parameters, buffers = dict(module.named_parameters()), dict(module.named_buffers())
+    awaited = {*parameters, *buffers}
+    for name, tensor in player.weights():
+        if name in parameters:
+            _fill(parameters[name], tensor, name, player, stage, ranks)
+        elif name in buffers:
+            _replace(module, name, tensor.to(ranks.device))
+        else:
+            raise CheckpointError(f"the weights hold {name}, which the model does not", where=f"player {player.name}")
+        awaited.discard(name)
+    if awaited:
+        named = ", ".join(sorted(awaited)[:5])
+        raise CheckpointError(f"no weights for {len(awaited)} tensors: {named}", where=f"player {player.name}")
+
+
+def _fill(target: nn.Parameter, tensor: Tensor, name: str, player: Player, stage: int, ranks: Ranks) -> None:
+    shape = tuple(target.ds_shape if stage == 3 else target.shape)
+    if tuple(tensor.shape) != shape:
+        what = f"{name} is {tuple(tensor.shape)} in the weights and {shape} in the model"
+        raise CheckpointError(what, where=f"player {player.name}")
+    if stage < 3:
+        target.copy_(tensor)
+        return
+    with deepspeed.zero.GatheredParameters([target], modifier_rank=0):
+        if ranks.is_main:
+            target.copy_(tensor)
+
+
+def _replace(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Set a buffer anew: bf16 zero.Init patches torch.arange, so one computed in construction may be garbage."""
+    owner, _, leaf = name.rpartition(".")
+    module.get_submodule(owner)._buffers[leaf] = tensor.detach().clone()
+
+
+def _frozen(module: nn.Module, config: dict[str, Any]) -> DeepSpeedEngine:
+    module.eval().requires_grad_(False)
+    engine = deepspeed.initialize(model=module, config=config, dist_init_required=False)[0]
+    engine.eval()  # returns nothing, unlike a module's
+    return engine
+
+
+def _trained(
+    module: nn.Module, player: Player, stage: int, config: dict[str, Any], loop: Loop, ranks: Ranks
+) -> DeepSpeedEngine:
+    groups = _groups(module.train(), player.optim)
+    make = _optimizer(player.optim, ranks, loop.clip if stage == 0 and loop.precision == "fp32" else None)
+    engine = deepspeed.initialize(
+        model=module, model_parameters=groups, optimizer=make, config=config, dist_init_required=False
+    )[0]
+    if stage == 0 and loop.precision == "bf16":
+        _undo_rehearsal(engine)
+    return engine
+
+
+def _undo_rehearsal(engine: DeepSpeedEngine) -> None:
+    """Forget the step on zero gradients with which DeepSpeed allocates states here: it counts for Adam, and decays."""
+    optimizer = engine.optimizer
+    optimizer.optimizer.state.clear()
+    for low, high in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+        for p, master in zip(low, high, strict=True):
+            master.data.copy_(p.data)
+
+
+def _groups(module: nn.Module, optim: Optim) -> list[dict[str, Any]]:
+    """Parameter groups: Muon for the hidden matrices; weight decay for matrices alone."""
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, p in module.named_parameters():
+        if p.requires_grad:
+            matrix = _dimensions(p) >= 2
+            p.use_muon = optim.name == "muon" and is_hidden_matrix(name, _dimensions(p))  # ZeRO reads it there
+            groups.setdefault((p.use_muon, matrix or not optim.weight_decay), []).append(p)
+    if not groups:
+        raise ConfigError("a player that trains has no parameter with gradients", where="recipe")
+    return [_group(params, muon, optim, decays) for (muon, decays), params in sorted(groups.items(), key=lambda g: g[0])]
+
+
+def _group(params: list[nn.Parameter], muon: bool, optim: Optim, decays: bool) -> dict[str, Any]:
+    shared = {"params": params, "weight_decay": optim.weight_decay if decays else 0.0}
+    if muon:
+        return {**shared, "use_muon": True, "lr": optim.muon_lr, "momentum": MOMENTUM}
+    return {**shared, "use_muon": False, "lr": optim.lr, "betas": tuple(optim.betas), "eps": optim.eps}
+
+
+def is_hidden_matrix(name: str, dimensions: int) -> bool:
+    """Muon's domain: 2-D weights inside repeated blocks, not embeddings, tables or the head."""
+    return dimensions == 2 and any(part.isdigit() for part in name.split("."))
+
+
+def _dimensions(p: nn.Parameter) -> int:
+    """ZeRO-3 flattens what it partitions."""
+    return len(p.ds_shape) if "ds_shape" in vars(p) else p.ndim
+
+
+def _optimizer(optim: Optim, ranks: Ranks, clip: float | None) -> Callable[[list], torch.optim.Optimizer]:
+    """What DeepSpeed calls with the groups. ``clip`` is None where DeepSpeed clips and skips itself."""
+
+    def adamw(groups: list) -> torch.optim.Optimizer:
+        kind = torch.optim.AdamW if clip is None else _GuardedAdamW
+        return _with_clip(kind([_without(g, "use_muon") for g in groups], **_fused(ranks)), clip)
+
+    def muon(groups: list) -> torch.optim.Optimizer:
+        method = "standard" if ranks.device.type == "cpu" else "gram"  # "gram" runs in fp16, ten times slower on a CPU
+        groups = [{**g, "ns_method": method} if g["use_muon"] else g for g in groups]
+        kind = MuonWithAuxAdam if clip is None else _GuardedMuon
+        return _with_clip(kind(groups, torch.optim.AdamW, _fused(ranks)), clip)
+
+    return muon if optim.name == "muon" else adamw
+
+
+def _without(group: Mapping[str, Any], key: str) -> dict[str, Any]:
+    return {k: v for k, v in group.items() if k != key}
+
+
+def _fused(ranks: Ranks) -> dict[str, bool]:
+    return {"fused": True} if ranks.device.type == "cuda" else {"foreach": True}
+
+
+def _with_clip(optimizer: torch.optim.Optimizer, clip: float | None) -> torch.optim.Optimizer:
+    if isinstance(optimizer, _Guarded):
+        optimizer.clip = clip or math.inf
+    return optimizer
+
+
+class _Guarded:
+    """Clips, and skips a step whose gradients are not finite, as DeepSpeed's own optimisers do.
+
+    The engine reads ``overflow`` and ``_global_grad_norm``. Gradients are already averaged over the ranks, so each
+    rank decides alike.
+    """
+
+    clip = math.inf
+    overflow = False
+    _global_grad_norm = 0.0
+
+    def step(self, closure: None = None) -> None:
+        parameters = [p for group in self.param_groups for p in group["params"]]  # type: ignore[attr-defined]
+        self._global_grad_norm = float(nn.utils.clip_grad_norm_(parameters, self.clip))
+        self.overflow = not math.isfinite(self._global_grad_norm)
+        if not self.overflow:
+            super().step()  # type: ignore[misc]
+
+
+class _GuardedAdamW(_Guarded, torch.optim.AdamW):
+    """AdamW for fp32 without ZeRO."""
+
+
+class _GuardedMuon(_Guarded, MuonWithAuxAdam):
+    """Muon for fp32 without ZeRO."""
+
+
+def export_weights(role: Role, average: Iterable[Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:
+    """(name, whole fp32 tensor) of each trained parameter, of the averaged weights where given.
+
+    Every rank must draw all of them: ZeRO gathers each from all ranks.
+    """
+    with exchanged(role, list(average)) if average is not None else nullcontext():
+        yield from role.full_weights()

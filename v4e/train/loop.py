@@ -1,0 +1,216 @@
+"""The training loop: for each step, every turn's losses over this rank's slices, then that player's optimiser.
+
+It has never heard of a model. It meets recipes through ``verbs.Recipe`` and data through ``verbs.Stream``.
+"""
+
+import dataclasses
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from v4e import dist
+from v4e.dist import Ranks
+from v4e.errors import TrainingError
+from v4e.nouns import Draw, EditBatch, Losses
+from v4e.train.engines import Cast, Role
+from v4e.train.schedule import factor
+from v4e.verbs import Recipe, Slice, Stream
+
+T = TypeVar("T")
+
+
+@dataclass
+class Tally:
+    """Sums since the journal was last told; each term's sum comes with its count."""
+
+    sums: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    counts: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    began: float = field(default_factory=time.perf_counter)
+
+    def add(self, name: str, value: float) -> None:
+        self.sums[name] += value
+        self.counts[name] += 1
+
+    def means(self, device: torch.device) -> dict[str, float]:
+        """Means over everything added on any rank. The ranks may have met different names: all are asked for all."""
+        names = sorted({n for part in dist.gather(sorted(self.sums)) for n in part})
+        sums = dist.total([self.sums[n] for n in names], device)
+        counts = dist.total([self.counts[n] for n in names], device)
+        return {n: s / c for n, s, c in zip(names, sums, counts, strict=True)}
+
+
+@dataclass
+class Progress:
+    """What the loop counts.
+
+    Args:
+        step: optimiser steps done.
+        skipped, in_a_row: steps left out because something was not finite, in all and the latest without a good one.
+    """
+
+    step: int = 0
+    skipped: int = 0
+    in_a_row: int = 0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One turn of one step.
+
+    Args:
+        norm: gradient norm before clipping; not finite where the step was skipped.
+        moved: whether the weights did.
+        suspects: keys of this rank whose losses were not finite.
+    """
+
+    norm: float
+    moved: bool
+    suspects: tuple[str, ...]
+
+
+def train(
+    recipe: Recipe,
+    stream: Stream,
+    cast: Cast,
+    progress: Progress,
+    ranks: Ranks,
+    *,
+    after: Callable[[dict[str, float] | None], None],
+) -> None:
+    """Improve the players until ``recipe.loop.steps``.
+
+    Args:
+        progress: where to go on from; counted up in place.
+        after: called after each step on every rank, with numbers when it is time to log.
+
+    Raises:
+        TrainingError: too many steps in a row were not finite, or too many samples are damaged.
+    """
+    loop, tally = recipe.loop, Tally()
+    while progress.step < loop.steps:
+        began = time.perf_counter()
+        slices = stream.step(progress.step)
+        tally.add("data_wait_s", time.perf_counter() - began)
+        _check_samples(stream, loop.max_bad_samples, ranks)
+        outcomes = _step(recipe, slices, cast, progress.step, tally, ranks)
+        _count(progress, outcomes, slices, loop.max_bad_steps)
+        for turn, outcome in outcomes.items():
+            if outcome.moved:
+                tally.add(f"{turn}/grad_norm", outcome.norm)
+        progress.step += 1
+        due = progress.step % max(1, loop.log_every) == 0 or progress.step == loop.steps
+        after(_numbers(tally, progress, cast, stream, loop.batch, ranks) if due else None)
+        tally = Tally() if due else tally
+
+
+def _step(
+    recipe: Recipe, slices: Sequence[Slice], cast: Cast, step: int, tally: Tally, ranks: Ranks
+) -> dict[str, Outcome]:
+    """Every turn over all slices, so that a turn's own accumulation never changes what a later one sees."""
+    batches = [to_device(recipe.batch(s.samples, s.weights), ranks.device) for s in slices]
+    draws = [Draw(recipe.loop.seed, tuple(s.positions)) for s in slices]
+    outcomes = {}
+    for turn in recipe.turns(step):
+        with cast.only(turn) as role:
+            role.set_lr(factor(recipe.loop.schedule, step, recipe.loop.steps))
+            outcomes[turn] = _turn(recipe, cast, role, batches, draws, step, tally)
+    return outcomes
+
+
+def _turn(
+    recipe: Recipe, cast: Cast, role: Role, batches: list[EditBatch], draws: list[Draw], step: int, tally: Tally
+) -> Outcome:
+    turn, suspects = role.player.name, []
+    norm, moved = math.nan, False
+    for batch, draw in zip(batches, draws, strict=True):
+        losses = recipe.losses(cast, batch, draw, turn, step)
+        total = losses.total
+        if not _note(losses, total, turn, tally):
+            suspects += batch.keys
+            total = total * math.nan  # makes the gradients non-finite on every rank, so that all skip alike
+        role.engine.backward(total)
+        norm, moved = role.step()
+    return Outcome(norm, moved, tuple(suspects))
+
+
+def _note(losses: Losses, total: Tensor, turn: str, tally: Tally) -> bool:
+    """Count terms and weights where all is finite; whether it is."""
+    values = torch.stack([total.detach().float(), *(v.detach().float() for v in losses.terms.values())]).tolist()
+    if not all(map(math.isfinite, values)):
+        return False
+    for name, value in zip(("loss", *(f"term/{k}" for k in losses.terms)), values, strict=True):
+        tally.add(f"{turn}/{name}", value)
+    for name in losses.terms:
+        tally.add(f"{turn}/weight/{name}", float(losses.weights[name]))
+    return True
+
+
+def _count(progress: Progress, outcomes: Mapping[str, Outcome], slices: Sequence[Slice], limit: int) -> None:
+    """Count a step that some player skipped; ``moved`` is the same on every rank, so all stop together."""
+    if all(o.moved for o in outcomes.values()):
+        progress.in_a_row = 0
+        return
+    progress.skipped += 1
+    progress.in_a_row += 1
+    if progress.in_a_row >= limit:
+        suspects = _suspects(outcomes, slices)
+        raise TrainingError(
+            f"losses or gradients were not finite for {progress.in_a_row} steps in a row; last samples: {suspects}",
+            where=f"step {progress.step}",
+            fix="look at these samples, or lower the learning rate",
+        )
+
+
+def _suspects(outcomes: Mapping[str, Outcome], slices: Sequence[Slice]) -> str:
+    """Keys with bad losses on any rank; all keys of the step where only gradients were bad."""
+    own = sorted({key for o in outcomes.values() for key in o.suspects})
+    bad = [key for part in dist.gather(own) for key in part]
+    everyone = [key for part in dist.gather([s.key for x in slices for s in x.samples]) for key in part]
+    return ", ".join(bad or everyone)
+
+
+def _check_samples(stream: Stream, limit: int, ranks: Ranks) -> None:
+    """Stop on every rank alike once more than ``limit`` samples have been quarantined anywhere."""
+    if sum(dist.total([len(stream.quarantined)], ranks.device)) > limit:
+        found = quarantined(stream)
+        if len(found) > limit:
+            told = "; ".join(f"{key}: {why}" for key, why in sorted(found.items()))
+            raise TrainingError(
+                f"{len(found)} damaged samples, more than loop.max_bad_samples = {limit}: {told}",
+                fix="mend the shards, or raise loop.max_bad_samples",
+            )
+
+
+def quarantined(stream: Stream) -> dict[str, str]:
+    """Damaged samples met by any rank."""
+    return {key: why for part in dist.gather(dict(stream.quarantined)) for key, why in part.items()}
+
+
+def _numbers(
+    tally: Tally, progress: Progress, cast: Cast, stream: Stream, batch: int, ranks: Ranks
+) -> dict[str, float]:
+    numbers = tally.means(ranks.device)
+    steps = tally.counts["data_wait_s"]
+    for name, role in cast.trained.items():
+        numbers |= {f"{name}/lr/{part}": lr for part, lr in role.lr.items()}
+    return numbers | {
+        "samples_per_s": batch * steps / (time.perf_counter() - tally.began),
+        "skipped_steps": progress.skipped,
+        "quarantined": len(quarantined(stream)),
+    }
+
+
+def to_device(value: T, device: torch.device) -> T:
+    """A frozen dataclass with every tensor in it, at any depth, on a device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        parts = {f.name: to_device(getattr(value, f.name), device) for f in dataclasses.fields(value)}
+        return dataclasses.replace(value, **parts)
+    return value

@@ -1,0 +1,261 @@
+"""A run: everything in training that has state. Engines, averages, journal, step."""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
+
+from v4e import dist
+from v4e.config import Loop, to_dict
+from v4e.dist import Ranks
+from v4e.errors import CheckpointError, ConfigError
+from v4e.journal import Bar, Journal
+from v4e.train import checkpoint
+from v4e.train.engines import Cast, accumulation, cast, export_weights
+from v4e.train.loop import Progress, quarantined, train
+from v4e.verbs import Backbone, Recipe, Stream
+
+MakeStream = Callable[[int, int], Stream]  # (rank, world)
+Sheet = Callable[[int, Mapping[str, Backbone]], Image.Image | None]  # (step, players); every rank calls, rank 0 draws
+SHARD_BYTES = 5 * 1024**3  # of one weights file
+
+
+@dataclass
+class Run:
+    """What a training process holds.
+
+    Args:
+        averages: player -> exponential averages of this rank's share of its fp32 weights.
+    """
+
+    recipe: Recipe
+    cast: Cast
+    averages: Mapping[str, list[Tensor]]
+    stream: Stream
+    journal: Journal
+    progress: Progress
+    ranks: Ranks
+    sheet: Sheet | None = None
+
+    @property
+    def loop(self) -> Loop:
+        return self.recipe.loop
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.loop.output)
+
+    def go(self) -> None:
+        """Train to the end, then write the weights."""
+        with self.journal.bar("train", self.loop.steps, self.progress.step) as bar:
+            train(
+                self.recipe,
+                self.stream,
+                self.cast,
+                self.progress,
+                self.ranks,
+                after=lambda numbers: self._after(bar, numbers),
+            )
+        self.write_weights()
+
+    def write_weights(self) -> None:
+        """``weights/<player>/weights.safetensors``, and ``average.safetensors`` where averages are kept."""
+        for name, role in self.cast.trained.items():
+            folder = self.folder / "weights" / name
+            self._write(folder, "weights", export_weights(role))
+            if self.averages[name]:
+                self._write(folder, "average", export_weights(role, self.averages[name]))
+        dist.barrier()
+
+    def save(self) -> Path:
+        """A checkpoint of this step."""
+        state = checkpoint.State(
+            step=self.progress.step,
+            world=self.ranks.world,
+            config=flat(self.recipe),
+            skipped=self.progress.skipped,
+            skipped_in_a_row=self.progress.in_a_row,
+            quarantined=quarantined(self.stream),
+        )
+        folder = self.folder / "checkpoints"
+        return checkpoint.save(folder, state, self.cast, self.averages, self.ranks, self.loop.keep_last)
+
+    def _after(self, bar: Bar, numbers: dict[str, float] | None) -> None:
+        step, last = self.progress.step, self.progress.step == self.loop.steps
+        self._average()
+        if numbers:
+            self.journal.log(step, numbers)
+        bar.advance(1, **_brief(numbers or {}))
+        if last or _due(step, self.loop.save_every):
+            self.save()
+        if self.sheet and (last or _due(step, self.loop.sheet_every)):
+            self._draw(step)
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        """Move the averages towards the weights; quicker at first, when they still hold the initial ones."""
+        n = self.progress.step
+        decay = min(self.loop.ema, (1 + n) / (10 + n))
+        for name, averages in self.averages.items():
+            if averages:
+                torch._foreach_lerp_(averages, self.cast.roles[name].masters(), 1 - decay)
+
+    @torch.no_grad()
+    def _draw(self, step: int) -> None:
+        assert self.sheet is not None
+        image = self.sheet(step, self.cast)
+        if image is not None:
+            self.journal.picture(step, "sheet", image)
+
+    def _write(self, folder: Path, stem: str, weights: Iterator[tuple[str, Tensor]]) -> None:
+        """One file, or numbered ones of at most SHARD_BYTES; every rank draws the weights, rank 0 writes."""
+        writer = _Writer(folder, stem) if self.ranks.is_main else None
+        for name, tensor in weights:
+            if writer:
+                writer.add(name, tensor)
+        if writer:
+            writer.close()
+
+
+class _Writer:
+    """Safetensors files that appear whole."""
+
+    def __init__(self, folder: Path, stem: str) -> None:
+        self._folder, self._stem = folder, stem
+        self._held: dict[str, Tensor] = {}
+        self._files: list[Path] = []
+        folder.mkdir(parents=True, exist_ok=True)
+        for old in folder.glob(f"{stem}*.safetensors"):
+            old.unlink()
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        if self._held and sum(t.nbytes for t in self._held.values()) + tensor.nbytes > SHARD_BYTES:
+            self._spill()
+        self._held[name] = tensor.detach().to("cpu", copy=True).contiguous()
+
+    def close(self) -> None:
+        self._spill()
+        count = len(self._files)
+        for i, file in enumerate(self._files):
+            part = "" if count == 1 else f"-{i + 1:05d}-of-{count:05d}"
+            os.replace(file, self._folder / f"{self._stem}{part}.safetensors")
+
+    def _spill(self) -> None:
+        file = self._folder / f".{self._stem}.{len(self._files)}.partial"
+        save_file(self._held, file)
+        self._files.append(file)
+        self._held = {}
+
+
+def train_recipe(
+    recipe: Recipe, make_stream: MakeStream, sheet: Sheet | None = None, resume: str = "auto"
+) -> Path:
+    """Train a recipe from the first step or from where it stopped; the folder of the weights.
+
+    Args:
+        make_stream: (rank, world) -> this rank's stream.
+        sheet: draws a contact sheet; every rank calls it, rank 0 returns a picture.
+        resume: ``auto`` goes on from the last whole checkpoint, ``never`` starts anew, else a checkpoint's folder.
+
+    Raises:
+        ConfigError, CheckpointError, TrainingError: see their classes.
+    """
+    ranks = dist.start(recipe.loop.threads)
+    run = open_run(recipe, make_stream, sheet, resume, ranks)
+    try:
+        run.go()
+    except BaseException:
+        run.journal.close(exit_code=1)
+        raise
+    run.journal.close()
+    return run.folder / "weights"
+
+
+def open_run(recipe: Recipe, make_stream: MakeStream, sheet: Sheet | None, resume: str, ranks: Ranks) -> Run:
+    """Set the stage: find the checkpoint, cast the players, restore them."""
+    loop = recipe.loop
+    if not loop.output:
+        raise ConfigError("no run directory", where="loop.output", fix="add loop.output=runs/<name>")
+    accumulation(loop, ranks.world)
+    start, complaints = _start(Path(loop.output), resume, ranks)
+    state = checkpoint.read_state(start) if start else checkpoint.State(0, ranks.world, flat(recipe))
+    if start:
+        checkpoint.agree(state, flat(recipe), ranks, start)
+    players = cast(recipe.players(), loop, ranks)
+    averages = {n: [t.detach().clone() for t in r.masters()] if loop.ema else [] for n, r in players.trained.items()}
+    if start:
+        checkpoint.load(start, players, averages, ranks)
+    journal = _journal(recipe, state.step if start else None, ranks, players, [*complaints, *_greeting(start, state)])
+    progress = Progress(state.step, state.skipped, state.skipped_in_a_row)
+    return Run(recipe, players, averages, make_stream(ranks.rank, ranks.world), journal, progress, ranks, sheet)
+
+
+def flat(config: object) -> dict[str, str]:
+    """A config as "loop.batch" -> "16"."""
+    return dict(_flatten(to_dict(config), ""))
+
+
+def _flatten(value: object, prefix: str) -> Iterator[tuple[str, str]]:
+    if not isinstance(value, dict):
+        yield prefix, str(value)
+        return
+    for key, inner in value.items():
+        yield from _flatten(inner, f"{prefix}.{key}" if prefix else key)
+
+
+def _start(folder: Path, resume: str, ranks: Ranks) -> tuple[Path | None, list[str]]:
+    """The checkpoint to go on from, and what to say about those passed over."""
+    if resume == "never":
+        return _start_anew(folder, ranks), []
+    if resume != "auto":
+        return _named_checkpoint(Path(resume), ranks), []
+    found, complaints = checkpoint.find(folder / "checkpoints", ranks)
+    if complaints and not found:
+        raise CheckpointError("; ".join(complaints), fix="no whole one is left: start anew with resume=never")
+    return found, complaints
+
+
+def _start_anew(folder: Path, ranks: Ranks) -> None:
+    """Set an earlier run's checkpoints aside: a later ``auto`` must not find them."""
+    old = folder / "checkpoints"
+    if ranks.is_main and old.exists():
+        shutil.rmtree(folder / "checkpoints.old", ignore_errors=True)
+        os.replace(old, folder / "checkpoints.old")
+    dist.barrier()
+
+
+def _named_checkpoint(path: Path, ranks: Ranks) -> Path:
+    if not path.is_dir():
+        raise CheckpointError("no such checkpoint", where=str(path), fix="name a folder checkpoints/step_*, or resume=auto")
+    if damage := checkpoint.check(path, ranks):
+        raise CheckpointError(f"the checkpoint is damaged: {damage}", where=str(path))
+    return path
+
+
+def _greeting(start: Path | None, state: checkpoint.State) -> list[str]:
+    return [f"resuming from {start}, step {state.step}"] if start else []
+
+
+def _journal(recipe: Recipe, step: int | None, ranks: Ranks, players: Cast, sentences: list[str]) -> Journal:
+    loop = recipe.loop
+    journal = Journal(Path(loop.output), loop.wandb, to_dict(recipe), resume_step=step, writes=ranks.is_main)
+    for sentence in sentences:
+        journal.say(sentence)
+    for name, role in players.roles.items():
+        journal.note(f"deepspeed_{name}.json", role.settings)
+    return journal
+
+
+def _due(step: int, every: int) -> bool:
+    return bool(every) and step % every == 0
+
+
+def _brief(numbers: Mapping[str, float]) -> dict[str, float]:
+    """What a progress bar has room for."""
+    return {k.replace("/", " "): v for k, v in numbers.items() if k.endswith("/loss")}
