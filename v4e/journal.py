@@ -9,6 +9,7 @@ import math
 import re
 import sys
 import time
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -155,7 +156,7 @@ class _Curves:
             project=settings.project,
             name=settings.name or None,
             mode=self._allowed(settings.mode),
-            id=_run_id(folder, self._wandb.util.generate_id, fresh),
+            id=_run_id(folder, fresh),
             resume="never" if fresh else "allow",
             config=config,
             settings=self._wandb.Settings(
@@ -304,11 +305,11 @@ def _append(path: Path, texts: list[str]) -> None:
         file.writelines(t + "\n" for t in texts)
 
 
-def _run_id(folder: Path, new: object, fresh: bool) -> str:
+def _run_id(folder: Path, fresh: bool) -> str:
     """The run's identity, kept in the folder from one process to the next."""
     path = folder / RUN
     if fresh or not path.is_file():
-        path.write_text(json.dumps({"id": new()}))  # type: ignore[operator]
+        path.write_text(json.dumps({"id": uuid.uuid4().hex[:8]}))
     return str(json.loads(path.read_text())["id"])
 
 
