@@ -194,8 +194,8 @@ def test_guidance_acts_within_its_interval_only():
 
     scheduler = few_step_scheduler(1.0)
     scheduler.set_timesteps(4)
-    told = []
-    denoise(field, scheduler, torch.zeros(1, 1, 1, 1, 1), "text", "null", Guidance(2.0, 0.4, 0.8), lambda s, x, v: told.append(v.item()))
+    told, x, guidance = [], torch.zeros(1, 1, 1, 1, 1), Guidance(2.0, 0.4, 0.8)
+    denoise(field, scheduler, x, "text", "null", guidance, lambda sigma, x, v: told.append(v.item()))
     assert told == [3.0, 5.0, 5.0, 3.0]  # 1 + 2 * (3 - 1) at 0.75 and 0.5
     assert [sigma for sigma, kind in calls if kind == "null"] == [0.75, 0.501]
 
@@ -235,7 +235,12 @@ def test_bad_requests_say_what_is_wrong(editor):
 def test_a_photograph_of_any_size_keeps_its_size_and_its_exif_turn(editor, monkeypatch):
     seen = []
     monkeypatch.setattr(editor, "card", Card(frames=5, sizes=((32, 64), (64, 32), (32, 32)), steps=1))
-    monkeypatch.setattr(EditPipeline, "__call__", lambda self, image, text, **_: seen.append(image.size) or as_clip(image))
+
+    def echo(self, image, text, **_):
+        seen.append(image.size)
+        return as_clip(image)
+
+    monkeypatch.setattr(EditPipeline, "__call__", echo)
     photo = picture(1, height=50, width=110)
     assert editor.edit_photo(photo, "snow").size == (110, 50)
     exif = photo.getexif()
