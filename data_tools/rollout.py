@@ -53,7 +53,7 @@ class RolloutConfig:
         solver: ``unipc`` as the teacher's folder sets it, or ``euler``.
         guidance, guidance_low, guidance_high: scale, and the noise levels between which it acts.
         keep_full: also keep the teacher's whole clip at each stop; the `block` term needs it.
-        batch: triplets a forward pass; also the unit of work.
+        batch: triplets a pass of teacher and VAE; also the unit of work.
         dtype: the teacher's. ``stored``: of tensors in shards.
         fold_text_padding: faster text attention in a small model; see v4e/models/attention.py.
         threads: CPU threads, part of what makes restarts exact; 0 leaves torch's choice.
@@ -135,8 +135,6 @@ Ends = Literal["first", "first_and_last", "both"]
 
 class Encoder:
     """Makes samples as the DiTs see them; texts met before are remembered, for captions repeat.
-
-    The plain codec sees one sample at a time, so that neither neighbours nor memory change a bit.
 
     Args:
         grids: of the student's and the teacher's clip.
@@ -240,7 +238,7 @@ class Worker:
         grids = Grids(student, student.with_frames(config.teacher_frames if teacher else config.student_frames))
         name = f"{config.teacher} {content_hash(config.teacher)}" if teacher else ""
         origin = Origin(config.dataset, config.licence, name, config.seed, TOOL)
-        return Worker(config, Encoder(codec, grids), teacher, origin)
+        return Worker(config, Encoder(BatchCodec.over(codec) if config.batch > 1 else codec, grids), teacher, origin)
 
     @property
     def grids(self) -> Grids:
@@ -263,9 +261,10 @@ class Worker:
         """
         pairs = [self._pair(triplet) for triplet in unit]
         items = [self._item(t, *pair) for t, pair in zip(unit, pairs, strict=True)]
-        encoded = self.encode(items)
-        rolled = self._roll(items, encoded) if self.teacher else [None] * len(items)
-        made = zip(items, pairs, encoded, rolled, strict=True)
+        full = padded(items, self.config.batch)
+        encoded = self.encode(full)
+        rolled = self._roll(full, encoded) if self.teacher else [None] * len(full)
+        made = zip(items, pairs, encoded, rolled, strict=False)  # the padding is dropped
         return [
             replace(_sample(item, e, r, self.origin), source=source, target=target)
             for item, (source, target), e, r in made
@@ -281,10 +280,8 @@ class Worker:
         return Evolving(triplet.id, clip, triplet.evolution, triplet.instruction, triplet.task)
 
     def _roll(self, items: Sequence[Evolving], encoded: Sequence[Encoded]) -> list[Rollout]:
-        """Roll out a unit, always at full size: the last one is filled up by repeating."""
         assert self.teacher is not None
-        seeds = [seed_of(self.config.seed, item.key, "noise") for item in padded(items, self.config.batch)]
-        encoded = padded(encoded, self.config.batch)
+        seeds = [seed_of(self.config.seed, item.key, "noise") for item in items]
         trajectory = self.teacher.rollout(
             noise_of(seeds, *encoded[0].teacher_known_Cthw.shape),
             teacher_conditions(encoded),
@@ -293,7 +290,7 @@ class Worker:
             guidance=self.config.guide,
             fold=self.config.fold_text_padding,
         )
-        return [self._kept(trajectory, b) for b in range(len(items))]  # the padding is dropped
+        return [self._kept(trajectory, b) for b in range(len(items))]
 
     def _kept(self, path: Trajectory, b: int) -> Rollout:
         """One sample's path, restricted to the latent frames the student makes."""
@@ -386,15 +383,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `v4e-shards rollout`."""
     parser.add_argument("triplets", help="folder written by `v4e-shards ingest` and `evolve`")
     parser.add_argument("out", help="shard folder; an unfinished one is gone on with")
-    parser.add_argument("--teacher", help="FLF2V folder or Hub id, or none; short for teacher=...")
-    parser.add_argument("--config", help="YAML file with the settings of RolloutConfig")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, over those of the file")
+    parser.add_argument("--teacher", help="FLF2V folder or Hub id, or none; short for teacher=...")
+    parser.add_argument(
+        "--config", nargs="+", default=[], metavar="WORD", help="a YAML file with the settings, key=value, or both"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the verb."""
-    words = [*([f"teacher={args.teacher}"] if args.teacher else []), *args.overrides]
-    config = settings_of.load(args.config, words, lambda _: RolloutConfig, recipe="rollout")
+    words = [*args.overrides, *(word for word in args.config if "=" in word)]
+    files = [word for word in args.config if "=" not in word]
+    if len(files) > 1:
+        raise ConfigError(f"one settings file is enough, not {len(files)}", where=f"--config {' '.join(files)}")
+    words = [*([f"teacher={args.teacher}"] if args.teacher else []), *words]
+    config = settings_of.load(files[0] if files else None, words, lambda _: RolloutConfig, recipe="rollout")
     print(settings_of.to_yaml(config))
     rollout(read_triplets(args.triplets), args.out, config)
     return 0
