@@ -4,12 +4,13 @@ Frozen players get an engine without optimiser. Everything enters a network thro
 gather what it needs.
 """
 
+import io
 import json
 import logging
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from typing import Any
 
@@ -286,7 +287,7 @@ def _replace(module: nn.Module, name: str, tensor: Tensor) -> None:
 
 def _frozen(module: nn.Module, config: dict[str, Any]) -> DeepSpeedEngine:
     module.eval().requires_grad_(False)
-    engine = deepspeed.initialize(model=module, config=config, dist_init_required=False)[0]
+    engine = _initialize(model=module, config=config)
     engine.eval()  # returns nothing, unlike a module's
     return engine
 
@@ -296,12 +297,15 @@ def _trained(
 ) -> DeepSpeedEngine:
     groups = _groups(module.train(), player.optim)
     make = _optimizer(player.optim, ranks, loop.clip if stage == 0 and loop.precision == "fp32" else None)
-    engine = deepspeed.initialize(
-        model=module, model_parameters=groups, optimizer=make, config=config, dist_init_required=False
-    )[0]
+    engine = _initialize(model=module, model_parameters=groups, optimizer=make, config=config)
     if stage == 0 and loop.precision == "bf16":
         _undo_rehearsal(engine)
     return engine
+
+
+def _initialize(**parts: Any) -> DeepSpeedEngine:
+    with redirect_stdout(io.StringIO()):  # it prints the machine's memory
+        return deepspeed.initialize(**parts, dist_init_required=False)[0]
 
 
 def _undo_rehearsal(engine: DeepSpeedEngine) -> None:
