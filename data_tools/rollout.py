@@ -21,6 +21,7 @@ from data_tools.ingest import Triplet, read_triplets
 from v4e import config as settings_of
 from v4e import flow
 from v4e.data.collate import teacher_conditions
+from v4e.data.disk import hash_of, to_json
 from v4e.data.shards import Index, SetMeta, Setting, ShardWriter, finish, finished, index_path
 from v4e.errors import ConfigError, DataError
 from v4e.journal import progress
@@ -223,7 +224,7 @@ class Worker:
     origin: Origin
 
     @staticmethod
-    def of(config: RolloutConfig) -> "Worker":
+    def load(config: RolloutConfig) -> "Worker":
         """Load the models.
 
         Raises:
@@ -244,13 +245,13 @@ class Worker:
     def grids(self) -> Grids:
         return self.encode.grids
 
-    @property
-    def meta(self) -> SetMeta:
-        """What the set is; every setting that changes a sample's bytes is in it, the weights by their content."""
+    def meta(self, triplets: Sequence[Triplet]) -> SetMeta:
+        """What the set is; all that changes a sample's bytes is in it, weights and triplets by their content."""
         values = {k: v for k, v in asdict(self.config).items() if k not in NOT_IN_A_SAMPLE}
         values["step_counts"] = " ".join(map(str, self.config.step_counts))
         values["codec"] = content_hash(str(self.encode.codec.source), CODEC_PARTS)
         values["teacher"] = content_hash(self.config.teacher) if self.teacher else ""
+        values["triplets"] = hash_of(to_json([[t.id, t.instruction, t.evolution, t.stamp] for t in triplets]))[:16]
         return SetMeta("rollout" if self.teacher else "encoded", self.grids.student, self.grids.teacher, values)
 
     def samples(self, unit: Sequence[Triplet]) -> list[Sample]:
@@ -309,11 +310,11 @@ def rollout(triplets: Sequence[Triplet], out: str | Path, config: RolloutConfig)
     """
     if config.teacher != NO_TEACHER and (bare := [t.id for t in triplets if not t.evolution]):
         raise DataError(f"{len(bare)} triplets have no evolution prompt, {bare[0]} first", fix="run v4e-shards evolve")
-    worker = Worker.of(config)
+    worker = Worker.load(config)
     mine = list(units(triplets, config.batch))[config.part :: config.parts]
     writer = ShardWriter(
         out,
-        worker.meta,
+        worker.meta(triplets),
         samples_per_shard=config.samples_per_shard,
         dtype=TYPES[config.stored],
         part=config.part,

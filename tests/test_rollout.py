@@ -160,6 +160,8 @@ def test_several_processes_make_the_same_samples_and_the_last_one_the_manifest(w
 def test_other_settings_are_refused_and_named(whole, triplets):
     with pytest.raises(DataError, match="guidance"):
         rollout(read_triplets(triplets), whole, settings(guidance=4.0))
+    with pytest.raises(DataError, match="triplets"):
+        rollout(read_triplets(triplets)[1:], whole, settings())
 
 
 def test_without_a_teacher_the_same_encodings_and_no_rollout(whole, triplets, tmp_path):

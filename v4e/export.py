@@ -248,7 +248,7 @@ def our_frames(folder: Path, backbone: WanBackbone, kind: Kind) -> Clip:
 
 
 def _stock_frames(folder: Path, kind: Kind) -> Clip:
-    pipeline: Any = WanImageToVideoPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipeline: Any = WanImageToVideoPipeline.from_pretrained(folder, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     first, last = _probes()
     made = pipeline(

@@ -231,7 +231,7 @@ class WanPipeline(WanImageToVideoPipeline):
         backbone = transformer or load_backbone(source, dtype=dtype, attention=attention)
         dtypes = {"vae": torch.float32, "image_encoder": torch.float32, "default": dtype}
         try:
-            pipeline = super().from_pretrained(str(source), transformer=backbone, torch_dtype=dtypes)
+            pipeline = super().from_pretrained(str(source), transformer=backbone, dtype=dtypes)
         except (OSError, ValueError, TypeError) as error:
             raise CheckpointError(
                 f"not a Wan pipeline: {str(error).splitlines()[0]}", where=str(source), fix="give a diffusers folder"
