@@ -466,7 +466,7 @@ DIT = {
 }
 VISION_TOKENS = (SIZE // 16) ** 2 + 1
 FRAMES = {"teacher": 9, "i2v": 5}
-CLIPS = {"teacher": 2500, "i2v": 8000}
+CLIPS = {"teacher": 2000, "i2v": 6400}
 SHIFT = 3.0
 
 

@@ -59,9 +59,16 @@ def train(args: argparse.Namespace) -> int:
     from v4e import config, recipes
 
     recipe = config.load(args.config, args.overrides, recipes.pick)
+    from v4e.data.stream import Stream
     from v4e.train.run import train_recipe
 
-    train_recipe(recipe, resume=args.resume)
+    loop = recipe.loop
+
+    def stream(rank: int, world: int) -> Stream:
+        sizes = {"batch": loop.batch, "micro_batch": loop.micro_batch, "rank": rank, "world": world}
+        return Stream(loop.data, seed=loop.seed, cache=loop.cache_bytes, **sizes)
+
+    train_recipe(recipe, stream, resume=args.resume)
     return 0
 
 

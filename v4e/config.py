@@ -60,6 +60,7 @@ class Loop:
         max_bad_samples: quarantined samples at which the run stops.
         max_bad_steps: steps with non-finite gradients in a row at which the run stops.
         threads: CPU threads per rank; 0 shares the cores among the ranks.
+        cache_bytes: of samples kept in each rank's memory.
     """
 
     output: str = ""
@@ -81,6 +82,7 @@ class Loop:
     max_bad_samples: int = 0
     max_bad_steps: int = 10
     threads: int = 0
+    cache_bytes: int = 0
     wandb: Wandb = field(default_factory=Wandb)
 
 

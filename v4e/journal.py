@@ -10,11 +10,11 @@ import re
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TextIO
+from typing import TextIO, TypeVar
 
 from PIL import Image
 from rich.console import Console
@@ -23,6 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from v4e.config import Wandb
 from v4e.errors import ConfigError
 
+X = TypeVar("X")
 LINES, DROPPED, RUN = "journal.jsonl", "journal.dropped.jsonl", "wandb_run.json"
 PLAIN_EVERY_S = 15.0  # where there is no terminal, a line of progress now and then
 
@@ -111,13 +112,11 @@ class Journal:
     @contextmanager
     def bar(self, title: str, total: int, done: int = 0) -> Iterator["Bar"]:
         """Progress with rate and ETA, on a terminal as a bar and elsewhere as a line now and then."""
-        if not self.writes:
-            yield Bar(title, total, done)
-        elif not sys.stderr.isatty():
-            yield PlainBar(title, total, done)
+        if self.writes:
+            with open_bar(title, total, done) as bar:
+                yield bar
         else:
-            with _rich_progress() as progress:
-                yield RichBar(title, total, done, progress)
+            yield Bar(title, total, done)
 
     def close(self, exit_code: int = 0) -> None:
         """Flush; harmless when repeated."""
@@ -218,6 +217,31 @@ class Bar:
     @property
     def speed(self) -> str:
         return f"{self.rate:.2f}/s" if self.rate >= 1 or not self.rate else f"{1 / self.rate:.2f} s each"
+
+
+@contextmanager
+def open_bar(title: str, total: int, done: int = 0) -> Iterator[Bar]:
+    """A bar on a terminal; a line now and then elsewhere."""
+    if not sys.stderr.isatty():
+        yield PlainBar(title, total, done)
+        return
+    with _rich_progress() as shown:
+        yield RichBar(title, total, done, shown)
+
+
+def progress(items: Iterable[X], title: str, total: int | None = None, start: int = 0) -> Iterator[X]:
+    """Pass items on while showing how far they are.
+
+    Args:
+        total: where the items go to; their length if they have one.
+        start: how many were done before, counted in ``total``.
+    """
+    if total is None:
+        total = start + len(items) if isinstance(items, Sized) else 0
+    with open_bar(title, total, start) as bar:
+        for item in items:
+            yield item
+            bar.advance()
 
 
 @dataclass
