@@ -13,9 +13,11 @@ The encoders have no loop of v4e's own: they are what a user of real Wan downloa
 
 import argparse
 import json
-import math
 import os
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,11 +26,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from data_tools import world
 from data_tools.rollout import TOOL, Evolving, pack_clips
+from v4e.errors import DataError
+from v4e.export import export_run
 from v4e.journal import progress
 from v4e.models.codec import WanCodec
 from v4e.nouns import Clip, Origin, seed_of
@@ -75,8 +78,8 @@ class ConvMuon(torch.optim.Optimizer):
 
 
 def muon_and_adam(module: nn.Module, muon_lr: float, adam_lr: float) -> list[torch.optim.Optimizer]:
-    """Muon for kernels and matrices, AdamW for gains, biases and embeddings."""
-    inner = [p for n, p in module.named_parameters() if p.ndim >= 2 and min(p.shape[0], p[0].numel()) > 8 and "emb" not in n]
+    """Muon for kernels and matrices, AdamW for gains, biases and the thinnest layers."""
+    inner = [p for p in module.parameters() if p.ndim >= 2 and min(p.shape[0], p[0].numel()) > 8]
     taken = {id(p) for p in inner}
     rest = [p for p in module.parameters() if id(p) not in taken]
     return [ConvMuon(inner, lr=muon_lr), torch.optim.AdamW(rest, lr=adam_lr, betas=(0.9, 0.99), weight_decay=0.0)]
@@ -213,7 +216,8 @@ def _quarter(clip: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def texture_energy(x: Tensor) -> Tensor:
     """Root-mean-square Laplacian over 8x8 blocks of every frame: how much fine detail there is, not where."""
     luma = x.mean(1).flatten(0, 1)[:, None]
-    laplacian = 4 * luma[..., 1:-1, 1:-1] - luma[..., :-2, 1:-1] - luma[..., 2:, 1:-1] - luma[..., 1:-1, :-2] - luma[..., 1:-1, 2:]
+    beside = luma[..., 1:-1, :-2] + luma[..., 1:-1, 2:] + luma[..., :-2, 1:-1] + luma[..., 2:, 1:-1]
+    laplacian = 4 * luma[..., 1:-1, 1:-1] - beside
     return (F.avg_pool2d(laplacian**2, 8, ceil_mode=True) + 1e-5).sqrt()
 
 
@@ -533,3 +537,90 @@ def pack(work: Path, seed: int, name: str, part: int = 0, parts: int = 1) -> Non
             part=part,
             parts=parts,
         )
+
+
+# -------------------------------------------------------------------------------------------- DiTs and bundle
+
+
+def train_dit(work: Path, name: str, ranks: int) -> None:
+    """Pre-train a DiT with `v4e train`, on ``ranks`` processes of one thread each, and export it."""
+    config = {"teacher": "pretrain_flf2v", "i2v": "pretrain_i2v"}[name]
+    start = work / ("arch/teacher" if name == "teacher" else "models/teacher")
+    places = [f"init={start}", f"loop.data={work / f'shards-{name}'}", f"loop.output={work / name}"]
+    subprocess.run(
+        ["bash", "launch/one_node.sh", "-n", str(ranks), f"configs/nano/{config}.yaml", *places],
+        check=True,
+        env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+    )
+    export_run(work / name, work / "models" / name, base=str(work / "arch" / name))
+
+
+def pack_in_parallel(work: Path, seed: int, name: str, processes: int) -> None:
+    """Pack with one single-threaded process a core."""
+    command = [sys.executable, "-m", "data_tools.nano", "pack", "--work", str(work), "--seed", str(seed)]
+    running = [
+        subprocess.Popen([*command, "--only", name, "--part", f"{part}/{processes}"]) for part in range(processes)
+    ]
+    codes = [process.wait() for process in running]
+    if any(codes):
+        raise DataError(f"packing {name}'s clips failed", where=str(work), fix="see above; `make nano` goes on")
+
+
+def bundle(work: Path, out: Path) -> None:
+    """Copy both models to where the package ships them."""
+    for name in ("teacher", "i2v"):
+        shutil.rmtree(out / name, ignore_errors=True)
+        shutil.copytree(work / "models" / name, out / name)
+
+
+STAGES = ("vae", "text", "vision", "arch", "pack", "teacher", "i2v", "bundle")
+
+
+def run_stage(stage: str, work: Path, seed: int, ranks: int) -> None:
+    """One stage; a finished one left a marker and is skipped."""
+    marker = work / f".{stage}.done"
+    if marker.exists():
+        return
+    start = time.perf_counter()
+    match stage:
+        case "vae":
+            train_vae(work, seed)
+        case "text":
+            train_text(work, seed)
+        case "vision":
+            train_vision(work, seed)
+        case "arch":
+            for name in FRAMES:
+                assemble(work, name, work / "arch" / name)
+        case "pack":
+            for name in FRAMES:
+                pack_in_parallel(work, seed, name, ranks)
+        case "teacher" | "i2v":
+            train_dit(work, stage, ranks)
+        case "bundle":
+            bundle(work, Path("v4e/assets/wan-nano"))
+    marker.write_text(f"{time.perf_counter() - start:.0f} s\n")
+    print(f"{stage}: {marker.read_text().strip()}", flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", nargs="?", choices=STAGES, help="only this one; all of them by default")
+    parser.add_argument("--work", type=Path, default=Path("runs/nano"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--only", choices=tuple(FRAMES), help=argparse.SUPPRESS)
+    parser.add_argument("--part", default="0/1", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.set_num_threads(1)  # two threads a process are slower than one on small tensors
+    if args.only:
+        part, parts = map(int, args.part.split("/"))
+        pack(args.work, args.seed, args.only, part, parts)
+        return 0
+    for stage in [args.stage] if args.stage else STAGES:
+        run_stage(stage, args.work, args.seed, args.ranks)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -30,7 +30,14 @@ Split = Literal["train", "heldout"]
 Picture = NDArray[np.uint8]  # [3, H, W]
 Floats = NDArray[np.float32]
 
-TRAIN_PHOTOS = ("astronaut.png", "rocket.jpg", "motorcycle_left.png", "hubble_deep_field.jpg", "retina.jpg", "china.jpg")
+TRAIN_PHOTOS = (
+    "astronaut.png",
+    "rocket.jpg",
+    "motorcycle_left.png",
+    "hubble_deep_field.jpg",
+    "retina.jpg",
+    "china.jpg",
+)
 HELDOUT_PHOTOS = ("chelsea.png", "coffee.png", "flower.jpg")
 PHOTOS: dict[str, tuple[str, ...]] = {"train": TRAIN_PHOTOS, "heldout": HELDOUT_PHOTOS}
 
@@ -152,9 +159,9 @@ def _distance(shape: str, dx: Floats, dy: Floats, r: float) -> Floats:
 
 
 def _texture_phase(shape: str, dx: Floats, dy: Floats) -> Floats:
-    return {"circle": dx + dy, "square": dx, "triangle": dy, "star": dx - dy, "cross": np.maximum(np.abs(dx), np.abs(dy))}[
-        shape
-    ]
+    if shape == "cross":
+        return np.maximum(np.abs(dx), np.abs(dy))
+    return {"circle": dx + dy, "square": dx, "triangle": dy, "star": dx - dy}[shape]
 
 
 # ------------------------------------------------------------------------------------------- photographs, scenes
@@ -395,7 +402,8 @@ def instructions(edit: Edit) -> tuple[str, ...]:
     if edit.task in STYLES:
         return STYLE_WORDINGS[edit.task]
     if edit.task == "background":
-        return tuple(f"{w} {edit.scene}" for w in ("change the background to", "replace the background with", "set the background to"))
+        ways = ("change the background to", "replace the background with", "set the background to")
+        return tuple(f"{way} {edit.scene}" for way in ways)
     the = f"the {edit.subject.name}" if edit.subject else ""
     if edit.task == "add":
         thing, place = _article(edit.result), place_of(edit.result)

@@ -33,7 +33,7 @@ def region_weight(change_Bthw: Tensor, boost: float, threshold: float = 0.05) ->
 
 
 def squared(prediction: Tensor, target: Tensor, weight_B: Tensor, region: Tensor | None = None) -> Tensor:
-    """mean_b weight_b * mean (prediction - target)^2 * region; the error of `velocity`, `flow`, `tail`, `trajectory`."""
+    """mean_b weight_b * mean (prediction - target)^2 * region: the error of every term but `block`."""
     error = (prediction.float() - target.float()) ** 2
     if region is not None:
         error = error * region

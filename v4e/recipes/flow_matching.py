@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-
 from v4e import flow, losses
 from v4e.config import Loop
 from v4e.data.collate import TextKind, collate

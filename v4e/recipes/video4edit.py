@@ -22,7 +22,7 @@ from v4e.verbs import Backbone
 
 @dataclass(frozen=True)
 class Terms:
-    """Weights of the terms. ``velocity`` fades into ``trajectory`` over ``handover`` of the run, and never the two at once.
+    """Weights of the terms; over ``handover`` of the run, weight moves from ``velocity`` to ``trajectory``.
 
     Args:
         velocity: the teacher's guided, anchored velocity at the stored state.
