@@ -147,11 +147,36 @@ def toy(output: Path, *words: str) -> Toy:
     return config.build(Toy, config.OmegaConf.create({}), [*plain, *words], "toy")
 
 
+def plain(recipe: Toy, steps: int) -> tuple[list[float], list[float], Net]:
+    """What PyTorch alone makes of it, all ranks' samples in one batch: losses, gradient norms and the net."""
+    net, teacher, batch = made(1), made(2), recipe.loop.batch
+    adam = torch.optim.AdamW(net.parameters(), recipe.optim.lr, recipe.optim.betas, recipe.optim.eps, weight_decay=0)
+    told, norms = [], []
+    for step in range(steps):
+        positions = tuple(range(step * batch, (step + 1) * batch))
+        samples = [Sample(str(p), "", "", None, None) for p in positions]
+        draw = Draw(recipe.loop.seed, positions)
+        nets = {"student": net, "teacher": teacher}
+        total = recipe.losses(nets, recipe.batch(samples, [1.0] * batch), draw, "student", step).total
+        adam.zero_grad()
+        total.backward()
+        norms.append(float(nn.utils.clip_grad_norm_(net.parameters(), recipe.loop.clip or 1e9)))
+        told.append(total.item())
+        adam.step()
+    return told, norms, net
+
+
 def main(output: str, *words: str) -> None:
-    kill_at = int(words[words.index("--kill-at") + 1]) if "--kill-at" in words else -1
-    recipe = toy(Path(output), *(w for w in words if "=" in w))
+    """One run, or several with ``--then OUTPUT ...`` between their words; killed at the start of step ``--kill-at``."""
+    rest = list(words)
+    following = rest[rest.index("--then") + 1 :] if "--then" in rest else []
+    own = rest[: rest.index("--then")] if following else rest
+    kill_at = int(own[own.index("--kill-at") + 1]) if "--kill-at" in own else -1
+    recipe = toy(Path(output), *(w for w in own if "=" in w))
     Path(output).mkdir(parents=True, exist_ok=True)
     train_recipe(recipe, lambda r, w: ToyStream(recipe.loop, r, w, Path(output) / f"keys_{r}.txt", kill_at))
+    if following:
+        main(*following)
 
 
 if __name__ == "__main__":

@@ -99,7 +99,7 @@ def _from_environment() -> Ranks:
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     if missing := [n for n in names if n not in os.environ]:
         if "RANK" in os.environ:
-            raise ConfigError(f"the launcher set RANK but not {', '.join(missing)}", fix="start with launch/one_node.sh")
+            raise ConfigError(f"RANK is set but not {', '.join(missing)}", fix="start with launch/one_node.sh")
         return Ranks()
     rank, world, local = (int(os.environ[n]) for n in names)
     return Ranks(rank, world, local)

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TextIO, TypeVar
+from typing import Any, TextIO, TypeVar
 
 from PIL import Image
 from rich.console import Console
@@ -27,7 +27,7 @@ X = TypeVar("X")
 LINES, DROPPED, RUN = "journal.jsonl", "journal.dropped.jsonl", "wandb_run.json"
 PLAIN_EVERY_S = 15.0  # where there is no terminal, a line of progress now and then
 
-_SECRET_NAME = re.compile(r"(api_?key|secret|passw(or)?d|credential|access_?key|auth|(^|_)token$)", re.I)
+_SECRET_NAME = re.compile(r"(api_?key|secret|passw(or)?d|credential|access_?key|(^|_)token$)", re.I)
 _SECRET_TEXT = re.compile(
     r"hf_[A-Za-z0-9]{16,}|wandb_v\d_\w{16,}|sk-[\w-]{16,}|gh[pousr]_\w{16,}|github_pat_\w{16,}|AKIA[0-9A-Z]{16}"
     r"|xox[abpr]-[\w-]{10,}|\b[0-9a-f]{40}\b|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)|(?<=Bearer )[\w.~+/-]+"
@@ -107,7 +107,7 @@ class Journal:
             return
         text = str(scrub(text))
         self._write({"time": round(time.time(), 3), "say": text})
-        Console(stderr=True).print(text, style="bold", highlight=False, markup=False)
+        Console(stderr=True).print(text, style="bold", highlight=False, markup=False, soft_wrap=True)
 
     @contextmanager
     def bar(self, title: str, total: int, done: int = 0) -> Iterator["Bar"]:
@@ -177,7 +177,8 @@ class _Curves:
 
     def _allowed(self, mode: str) -> str:
         if mode == "online" and not self._wandb.login(anonymous="never", verify=False, relogin=False):
-            raise ConfigError("Weights & Biases has no login", where="loop.wandb.mode", fix="run `wandb login`, or offline")
+            fix = "run `wandb login`, or use offline"
+            raise ConfigError("Weights & Biases has no login", where="loop.wandb.mode", fix=fix)
         return mode
 
 
@@ -337,9 +338,10 @@ def _run_id(folder: Path, fresh: bool) -> str:
     return str(json.loads(path.read_text())["id"])
 
 
-def _import_wandb():  # noqa: ANN202  a module
+def _import_wandb() -> Any:
     try:
         import wandb
     except ImportError as error:
-        raise ConfigError("wandb is not installed", where="loop.wandb.mode", fix="pip install wandb, or disabled") from error
+        fix = "pip install wandb, or use disabled"
+        raise ConfigError("wandb is not installed", where="loop.wandb.mode", fix=fix) from error
     return wandb

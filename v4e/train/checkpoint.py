@@ -23,8 +23,9 @@ from v4e.train.engines import Cast
 
 SEAL, STATE = "COMPLETE.json", "state.json"
 HARMLESS = (  # settings that may change from one process to the next without changing what is computed
-    "loop.output", "loop.data", "loop.validation", "loop.steps", "loop.save_every", "loop.sheet_every", "loop.log_every",
-    "loop.keep_last", "loop.max_bad_samples", "loop.max_bad_steps", "loop.threads", "loop.wandb",
+    "loop.output", "loop.data", "loop.validation", "loop.steps", "loop.save_every", "loop.sheet_every",
+    "loop.log_every", "loop.keep_last", "loop.max_bad_samples", "loop.max_bad_steps", "loop.threads",
+    "loop.cache_bytes", "loop.wandb",
 )  # fmt: skip
 
 
@@ -113,7 +114,8 @@ def agree(state: State, config: Mapping[str, str], ranks: Ranks, where: Path) ->
         changed.insert(0, ("number of ranks", str(state.world), str(ranks.world)))
     if changed:
         told = "; ".join(f"{k} was {was} and is now {now}" for k, was, now in changed)
-        raise CheckpointError(f"the settings differ from the run's: {told}", where=str(where), fix="use another loop.output")
+        what = f"the settings differ from the run's: {told}"
+        raise CheckpointError(what, where=str(where), fix="use another loop.output")
 
 
 def find(folder: Path, ranks: Ranks) -> tuple[Path | None, list[str]]:
@@ -135,7 +137,7 @@ def check(path: Path, ranks: Ranks) -> str:
         return f"no readable {SEAL}"
     found = _hash_together(path, ranks)
     wrong = sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))
-    return f"{wrong[0]} and {len(wrong) - 1} more files differ" if len(wrong) > 1 else f"{wrong[0]} differs" if wrong else ""
+    return f"{', '.join(wrong[:3])} differs" if wrong else ""
 
 
 def _listed(folder: Path) -> list[Path]:

@@ -51,11 +51,11 @@ class Role:
     @property
     def lr(self) -> dict[str, float]:
         """Current learning rates by optimiser part."""
-        return {("muon" if g.get("use_muon") else "adamw"): g["lr"] for g in self.engine.optimizer.param_groups}
+        return {("muon" if g.get("use_muon") else "adamw"): g["lr"] for g in optimizer_of(self.engine).param_groups}
 
     def set_lr(self, factor: float) -> None:
         """Multiply the declared learning rates."""
-        for group in self.engine.optimizer.param_groups:
+        for group in optimizer_of(self.engine).param_groups:
             group["lr"] = factor * (self.player.optim.muon_lr if group.get("use_muon") else self.player.optim.lr)
 
     def step(self) -> tuple[float, bool]:
@@ -67,7 +67,7 @@ class Role:
 
     def masters(self) -> list[Tensor]:
         """This rank's share of the fp32 weights, flat or whole, in a fixed order; written in place by the optimiser."""
-        optimizer = self.engine.optimizer
+        optimizer = optimizer_of(self.engine)
         if self.stage == 3:
             return list(optimizer.fp32_partitioned_groups_flat)
         if self.stage:
@@ -78,9 +78,10 @@ class Role:
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:
         """(name, whole fp32 tensor) of each trained parameter; every rank must draw all of them."""
         copies = self._copies() if self.stage == 0 else {}
-        for name, parameter in self.engine.module.named_parameters():
+        module: Any = self.engine.module
+        for name, parameter in module.named_parameters():
             if parameter.requires_grad:
-                whole = copies[parameter] if self.stage == 0 else safe_get_full_fp32_param(parameter)
+                whole: Any = copies[parameter] if self.stage == 0 else safe_get_full_fp32_param(parameter)
                 yield name, whole.detach().float()
 
     def refresh(self) -> None:
@@ -94,7 +95,7 @@ class Role:
 
     def _copies(self) -> dict[nn.Parameter, Tensor]:
         """Master of each trained parameter, where ZeRO does not partition them."""
-        optimizer = self.engine.optimizer
+        optimizer = optimizer_of(self.engine)
         if not self._has_copies:
             return {p: p for group in optimizer.param_groups for p in group["params"]}
         pairs = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
@@ -123,7 +124,8 @@ class Cast(Mapping[str, DeepSpeedEngine]):
     @contextmanager
     def only(self, turn: str) -> Iterator[Role]:
         """Let gradients reach one trained player alone."""
-        others = [p for n, role in self.trained.items() if n != turn for p in role.engine.parameters() if p.requires_grad]
+        resting = [role.engine for name, role in self.trained.items() if name != turn]
+        others = [p for engine in resting for p in engine.parameters() if p.requires_grad]
         for p in others:
             p.requires_grad_(False)
         try:
@@ -131,6 +133,11 @@ class Cast(Mapping[str, DeepSpeedEngine]):
         finally:
             for p in others:
                 p.requires_grad_(True)
+
+
+def optimizer_of(engine: DeepSpeedEngine) -> Any:
+    """DeepSpeed's optimiser, of whichever of its classes."""
+    return engine.optimizer
 
 
 def cast(players: Sequence[Player], loop: Loop, ranks: Ranks) -> Cast:
@@ -231,7 +238,7 @@ def _refuse(player: Player, stage: int, loop: Loop) -> None:
     """Name what DeepSpeed would do wrongly without a word."""
     if player.trains and player.optim.name == "muon" and stage and loop.clip:
         raise ConfigError(
-            f"ZeRO stage {stage} clips Muon's orthogonalised update, not the gradient: clip {loop.clip} would shrink it",
+            f"ZeRO stage {stage} clips Muon's orthogonalised update: clip {loop.clip} would shrink it to nothing",
             where=f"optim of player {player.name}",
             fix="set loop.clip=0, or zero_stage=0",
         )
@@ -266,7 +273,7 @@ def _pour(module: nn.Module, player: Player, stage: int, ranks: Ranks) -> None:
         raise CheckpointError(f"no weights for {len(awaited)} tensors: {named}", where=f"player {player.name}")
 
 
-def _fill(target: nn.Parameter, tensor: Tensor, name: str, player: Player, stage: int, ranks: Ranks) -> None:
+def _fill(target: Any, tensor: Tensor, name: str, player: Player, stage: int, ranks: Ranks) -> None:
     shape = tuple(target.ds_shape if stage == 3 else target.shape)
     if tuple(tensor.shape) != shape:
         what = f"{name} is {tuple(tensor.shape)} in the weights and {shape} in the model"
@@ -310,7 +317,7 @@ def _initialize(**parts: Any) -> DeepSpeedEngine:
 
 def _undo_rehearsal(engine: DeepSpeedEngine) -> None:
     """Forget the step on zero gradients with which DeepSpeed allocates states here: it counts for Adam, and decays."""
-    optimizer = engine.optimizer
+    optimizer = optimizer_of(engine)
     optimizer.optimizer.state.clear()
     for low, high in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
         for p, master in zip(low, high, strict=True):
@@ -320,6 +327,7 @@ def _undo_rehearsal(engine: DeepSpeedEngine) -> None:
 def _groups(module: nn.Module, optim: Optim) -> list[dict[str, Any]]:
     """Parameter groups: Muon for the hidden matrices; weight decay for matrices alone."""
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    p: Any  # ZeRO hangs its attributes on parameters
     for name, p in module.named_parameters():
         if p.requires_grad:
             matrix = _dimensions(p) >= 2
@@ -327,7 +335,7 @@ def _groups(module: nn.Module, optim: Optim) -> list[dict[str, Any]]:
             groups.setdefault((p.use_muon, matrix or not optim.weight_decay), []).append(p)
     if not groups:
         raise ConfigError("a player that trains has no parameter with gradients", where="recipe")
-    return [_group(params, muon, optim, decays) for (muon, decays), params in sorted(groups.items(), key=lambda g: g[0])]
+    return [_group(groups[kind], kind[0], optim, kind[1]) for kind in sorted(groups)]
 
 
 def _group(params: list[nn.Parameter], muon: bool, optim: Optim, decays: bool) -> dict[str, Any]:
@@ -342,7 +350,7 @@ def is_hidden_matrix(name: str, dimensions: int) -> bool:
     return dimensions == 2 and any(part.isdigit() for part in name.split("."))
 
 
-def _dimensions(p: nn.Parameter) -> int:
+def _dimensions(p: Any) -> int:
     """ZeRO-3 flattens what it partitions."""
     return len(p.ds_shape) if "ds_shape" in vars(p) else p.ndim
 
@@ -367,7 +375,7 @@ def _without(group: Mapping[str, Any], key: str) -> dict[str, Any]:
     return {k: v for k, v in group.items() if k != key}
 
 
-def _fused(ranks: Ranks) -> dict[str, bool]:
+def _fused(ranks: Ranks) -> dict[str, Any]:
     return {"fused": True} if ranks.device.type == "cuda" else {"foreach": True}
 
 

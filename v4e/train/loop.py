@@ -9,7 +9,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,8 +21,6 @@ from v4e.nouns import Draw, EditBatch, Losses
 from v4e.train.engines import Cast, Role
 from v4e.train.schedule import factor
 from v4e.verbs import Recipe, Slice, Stream
-
-T = TypeVar("T")
 
 
 @dataclass
@@ -114,7 +112,7 @@ def _step(
 ) -> dict[str, Outcome]:
     """Every turn over all slices, so that a turn's own accumulation never changes what a later one sees."""
     batches = [to_device(recipe.batch(s.samples, s.weights), ranks.device) for s in slices]
-    draws = [Draw(recipe.loop.seed, tuple(s.positions)) for s in slices]
+    draws = [Draw(recipe.loop.seed, tuple(s.positions), ranks.device) for s in slices]
     outcomes = {}
     for turn in recipe.turns(step):
         with cast.only(turn) as role:
@@ -206,7 +204,7 @@ def _numbers(
     }
 
 
-def to_device(value: T, device: torch.device) -> T:
+def to_device(value: Any, device: torch.device) -> Any:
     """A frozen dataclass with every tensor in it, at any depth, on a device."""
     if isinstance(value, Tensor):
         return value.to(device)

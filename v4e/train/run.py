@@ -153,9 +153,7 @@ class _Writer:
         self._held = {}
 
 
-def train_recipe(
-    recipe: Recipe, make_stream: MakeStream, sheet: Sheet | None = None, resume: str = "auto"
-) -> Path:
+def train_recipe(recipe: Recipe, make_stream: MakeStream, sheet: Sheet | None = None, resume: str = "auto") -> Path:
     """Train a recipe from the first step or from where it stopped; the folder of the weights.
 
     Args:
@@ -232,7 +230,8 @@ def _start_anew(folder: Path, ranks: Ranks) -> None:
 
 def _named_checkpoint(path: Path, ranks: Ranks) -> Path:
     if not path.is_dir():
-        raise CheckpointError("no such checkpoint", where=str(path), fix="name a folder checkpoints/step_*, or resume=auto")
+        fix = "name a folder checkpoints/step_*, or use auto"
+        raise CheckpointError("no such checkpoint", where=str(path), fix=fix)
     if damage := checkpoint.check(path, ranks):
         raise CheckpointError(f"the checkpoint is damaged: {damage}", where=str(path))
     return path

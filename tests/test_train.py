@@ -1,0 +1,352 @@
+"""DeepSpeed computes what PyTorch does, and a killed run goes on as if nothing had happened."""
+
+import math
+import os
+import random
+import subprocess
+import sys
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from toy_training import Net, Toy, ToyStream, made, plain, tensors, toy
+
+from v4e import dist, journal
+from v4e.config import Loop, Schedule
+from v4e.errors import CheckpointError, ConfigError, TrainingError
+from v4e.nouns import Optim, Player
+from v4e.train.engines import accumulation, cast, is_hidden_matrix
+from v4e.train.run import Run, flat, open_run, train_recipe
+from v4e.train.schedule import factor
+
+ROOT = Path(__file__).parents[1]
+SMALL = ("loop.steps=3", "loop.batch=4", "loop.micro_batch=2", "loop.precision=fp32")
+
+
+def train(recipe: Toy, resume: str = "auto", stream: ToyStream | None = None) -> Path:
+    return train_recipe(recipe, lambda rank, world: stream or ToyStream(recipe.loop, rank, world), resume=resume)
+
+
+def numbers(recipe: Toy, name: str) -> list[float]:
+    return [line[name] for line in journal.read(Path(recipe.loop.output))]
+
+
+def weights(recipe: Toy, stem: str = "weights") -> dict[str, torch.Tensor]:
+    return load_file(Path(recipe.loop.output) / f"weights/student/{stem}.safetensors")
+
+
+# ------------------------------------------------------------------------------------- the same as PyTorch
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_every_stage_computes_what_pytorch_does(tmp_path, stage):
+    recipe = toy(tmp_path, *SMALL, f"zero_stage={stage}", "loop.checkpointing=true")
+    train(recipe)
+    told, norms, net = plain(recipe, 3)
+    torch.testing.assert_close(numbers(recipe, "student/loss"), told, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(numbers(recipe, "student/grad_norm"), norms, rtol=1e-5, atol=1e-6)
+    for name, p in net.named_parameters():
+        torch.testing.assert_close(weights(recipe)[name], p.detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_bf16_keeps_fp32_masters(tmp_path, stage):
+    """Its curves follow fp32's, from the first step on: no step of Adam's is spent before training."""
+    recipe = toy(tmp_path, *SMALL, f"zero_stage={stage}", "loop.precision=bf16")
+    train(recipe)
+    torch.testing.assert_close(numbers(recipe, "student/loss"), plain(recipe, 3)[0], rtol=0.02, atol=0.02)
+    found = weights(recipe)["blocks.0.up.weight"]
+    assert not torch.equal(found, found.bfloat16().float())
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_rope_like_buffers_survive_bf16(tmp_path, stage):
+    """zero.Init in bf16 patches torch.arange; tables come from outside instead."""
+    recipe = toy(tmp_path, f"zero_stage={stage}", "loop.precision=bf16")
+    players = cast(recipe.players(), recipe.loop, dist.start(1))
+    table = dict(made(1).named_buffers())["table"]
+    for engine in players.values():
+        assert torch.equal(engine.module.table, table)
+        assert engine.module.table.dtype == torch.float32
+    assert all(p.grad is None for p in players["teacher"].parameters())
+    assert not any(p.requires_grad for p in players["teacher"].parameters())
+
+
+def test_accumulation_is_one_batch(tmp_path):
+    whole = toy(tmp_path / "a", *SMALL, "loop.micro_batch=4", "zero_stage=1")
+    parts = toy(tmp_path / "b", *SMALL, "loop.micro_batch=1", "zero_stage=1")
+    train(whole)
+    train(parts)
+    for name, tensor in weights(whole).items():
+        torch.testing.assert_close(weights(parts)[name], tensor, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ConfigError, match=r"batch 6 is no multiple of 2 ranks \* micro_batch 2"):
+        accumulation(Loop(batch=6, micro_batch=2), world=2)
+
+
+def test_averages_move_towards_the_weights(tmp_path):
+    recipe = toy(tmp_path, *SMALL, "loop.ema=0.5", "loop.steps=1", "zero_stage=3")
+    train(recipe)
+    decay = min(0.5, 2 / 11)  # quicker while young
+    for name, start in made(1).named_parameters():
+        wanted = decay * start.detach() + (1 - decay) * weights(recipe)[name]
+        torch.testing.assert_close(weights(recipe, "average")[name], wanted)
+
+
+# --------------------------------------------------------------------------------------------- optimisers
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_muon_moves_hidden_matrices_by_orthogonal_steps(tmp_path, stage):
+    words = ("optim.name=muon", "optim.lr=0.0", "optim.muon_lr=0.1", f"zero_stage={stage}", "loop.clip=0.0")
+    recipe = toy(tmp_path, *SMALL, *words, "loop.steps=1")
+    train(recipe)
+    gradients = {name: p.grad for name, p in plain(recipe, 1)[2].named_parameters()}
+    for name, start in made(1).named_parameters():
+        step = weights(recipe)[name] - start.detach()
+        if not is_hidden_matrix(name, start.ndim):
+            assert not step.any(), name
+            continue
+        u, _, v = torch.linalg.svd(gradients[name])
+        main = -(u[:, :3].T @ step @ v[:3].T)  # the directions that are well determined in bf16
+        main /= max(1.0, step.shape[0] / step.shape[1]) ** 0.5
+        assert ((main.diagonal() > 0.06) & (main.diagonal() < 0.13)).all(), (name, main)
+        assert (main - main.diagonal().diag()).abs().max() < 0.02, (name, main)
+    assert numbers(recipe, "student/lr/muon") == [0.1]
+
+
+def test_muon_and_clipping_are_refused_where_the_update_would_be_clipped(tmp_path):
+    recipe = toy(tmp_path, *SMALL, "optim.name=muon", "zero_stage=2")
+    with pytest.raises(ConfigError, match=r"ZeRO stage 2 clips Muon's orthogonalised update.*loop.clip=0"):
+        train(recipe)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "wanted"),
+    [
+        (Schedule("constant", warmup=4), [0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 1, 1]),
+        (Schedule("wsd", warmup=2, decay=0.4), [0.5, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25, 0]),
+        (Schedule("wsd", decay=0.2, floor=0.1), [1, 1, 1, 1, 1, 1, 1, 1, 0.55, 0.1]),
+        (
+            Schedule("cosine", warmup=2, floor=0.2),
+            [0.5, 1] + [0.2 + 0.4 * (1 + math.cos(math.pi * k / 8)) for k in range(1, 9)],
+        ),
+    ],
+)
+def test_schedules(schedule, wanted):
+    assert [factor(schedule, step, 10) for step in range(10)] == pytest.approx(wanted)
+
+
+def test_the_schedule_reaches_the_optimiser(tmp_path):
+    words = ("loop.schedule.kind=wsd", "loop.schedule.decay=1.0", "optim.lr=0.3", "zero_stage=0")
+    recipe = toy(tmp_path, *SMALL, *words)
+    train(recipe)
+    assert numbers(recipe, "student/lr/adamw") == pytest.approx([0.2, 0.1, 0.0])
+
+
+# ------------------------------------------------------------------------------------------ what goes wrong
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_step_that_is_not_finite_is_left_out(tmp_path, stage, precision):
+    words = (f"zero_stage={stage}", f"loop.precision={precision}")
+    bad = toy(tmp_path / "bad", *SMALL, *words, "poison='5'", "loop.steps=2", "optim.lr=0.05")
+    short = toy(tmp_path / "short", *SMALL, *words, "loop.steps=1", "optim.lr=0.05")
+    train(bad)
+    train(short)
+    assert numbers(bad, "skipped_steps") == [0, 1]
+    for name, tensor in weights(short).items():
+        assert torch.equal(weights(bad)[name], tensor), name
+
+
+def test_steps_that_stay_bad_stop_the_run_and_name_the_samples(tmp_path):
+    recipe = toy(tmp_path, *SMALL, "poison='1'", "loop.max_bad_steps=1", "zero_stage=1")
+    with pytest.raises(TrainingError, match=r"not finite for 1 steps in a row; last samples: 0, 1 "):
+        train(recipe)
+
+
+def test_too_many_damaged_samples_stop_the_run_and_are_listed(tmp_path):
+    recipe = toy(tmp_path, *SMALL, "zero_stage=0", "loop.max_bad_samples=1")
+    stream = ToyStream(recipe.loop, 0, 1)
+    stream.quarantined["a"] = "torn"
+    train(recipe, stream=stream)
+    assert numbers(recipe, "quarantined") == [1, 1, 1]
+    stream.quarantined["b"] = "a byte flipped"
+    with pytest.raises(TrainingError, match=r"2 damaged samples, more than .* = 1: a: torn; b: a byte flipped"):
+        train(recipe, "never", stream)
+
+
+class Other(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.extra = nn.Linear(2, 2)
+
+
+@pytest.mark.parametrize(
+    ("build", "given", "told"),
+    [
+        (Other, tensors(made(1)), r"no weights for 2 tensors: extra.bias, extra.weight"),
+        (Net, [("nose", torch.zeros(1))], r"the weights hold nose, which the model does not"),
+        (Net, [("head.bias", torch.zeros(9))], r"head.bias is \(9,\) in the weights and \(4,\) in the model"),
+    ],
+)
+def test_weights_that_do_not_fit_are_named(build, given, told):
+    player = Player("student", build, lambda: given, True, Optim(), 1)
+    with pytest.raises(CheckpointError, match=told):
+        cast([player], Loop(precision="fp32"), dist.start(1))
+
+
+# ---------------------------------------------------------------------------------------------- checkpoints
+
+
+def checkpoints(recipe: Toy) -> list[str]:
+    return sorted(p.name for p in (Path(recipe.loop.output) / "checkpoints").iterdir())
+
+
+@pytest.fixture
+def finished(tmp_path) -> Toy:
+    recipe = toy(tmp_path / "run", *SMALL, "loop.steps=6", "loop.save_every=2", "loop.ema=0.9", "zero_stage=1")
+    train(recipe)
+    return recipe
+
+
+def resumed(recipe: Toy, **changes: object) -> Run:
+    longer = replace(recipe, loop=replace(recipe.loop, **changes))
+    return open_run(longer, lambda r, w: ToyStream(longer.loop, r, w), None, "auto", dist.start(1))
+
+
+def damage(path: Path) -> None:
+    raw = bytearray(path.read_bytes())
+    place = random.Random(0).randrange(len(raw))
+    raw[place] ^= 1
+    path.write_bytes(raw)
+
+
+def test_only_the_last_checkpoints_are_kept(finished):
+    assert checkpoints(finished) == ["step_0000004", "step_0000006"]
+
+
+def test_a_damaged_checkpoint_is_named_and_passed_over(finished, capsys):
+    folder = Path(finished.loop.output) / "checkpoints"
+    damage(next((folder / "step_0000006/student").glob("*optim_states.pt")))
+    (folder / ".step_0000008.partial").mkdir()
+    assert resumed(finished).progress.step == 4
+    told = capsys.readouterr().err.replace("\n", "")
+    assert "step_0000006 is damaged" in told
+    assert "optim_states.pt differs" in told
+    (folder / "step_0000004/COMPLETE.json").unlink()
+    with pytest.raises(CheckpointError, match=r"step_0000004 is damaged .no readable COMPLETE.json.*resume=never"):
+        resumed(finished)
+
+
+def test_settings_that_matter_may_not_change(finished):
+    assert resumed(finished, steps=9, save_every=3, max_bad_steps=2).progress.step == 6
+    with pytest.raises(CheckpointError, match=r"loop.batch was 4 and is now 8; loop.seed was 0 and is now 7"):
+        resumed(finished, batch=8, seed=7)
+
+
+def test_never_starts_anew_and_a_named_checkpoint_is_used(finished):
+    run = Path(finished.loop.output)
+    train(finished, resume=str(run / "checkpoints/step_0000004"))
+    with pytest.raises(CheckpointError, match=r"nowhere: no such checkpoint"):
+        train(finished, resume=str(run / "nowhere"))
+    train(replace(finished, loop=replace(finished.loop, seed=3, steps=2)), resume="never")
+    assert checkpoints(finished) == ["step_0000002"]
+    assert [line["step"] for line in journal.read(run)] == [1, 2]
+
+
+@pytest.mark.parametrize("words", [("optim.name=muon", "loop.clip=0.0"), ("zero_stage=0", "optim.name=muon"), ()])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_resume_is_exact_on_one_rank(tmp_path, words, precision):
+    common = (*SMALL, "loop.ema=0.9", "loop.steps=4", "loop.save_every=2", "zero_stage=2", *words)
+    whole, halves = (toy(tmp_path / n, *common, f"loop.precision={precision}") for n in ("whole", "halves"))
+    train(whole)
+    with pytest.raises(KeyboardInterrupt):
+        train(halves, stream=Interrupted(halves.loop, 0, 1))
+    train(halves)
+    assert_same(whole, halves)
+
+
+class Interrupted(ToyStream):
+    def step(self, step: int) -> list:
+        if step == 3:
+            raise KeyboardInterrupt
+        return super().step(step)
+
+
+def assert_same(whole: Toy, halves: Toy) -> None:
+    """Weights, averages and the optimiser's files to the bit, losses to the last digit."""
+    for stem in ("weights", "average"):
+        for name, tensor in weights(whole, stem).items():
+            assert torch.equal(weights(halves, stem)[name], tensor), (stem, name)
+    for name in ("student/loss", "student/grad_norm"):
+        assert numbers(halves, name) == numbers(whole, name)
+    last = max(checkpoints(whole))
+    one, other = (stored(Path(r.loop.output) / "checkpoints" / last) for r in (whole, halves))
+    assert len(one) > 3
+    assert one == other
+
+
+def stored(folder: Path) -> dict[str, bytes]:
+    """Every tensor's bytes in DeepSpeed's files, and this project's own."""
+    found = {p.name: p.read_bytes() for p in folder.glob("*.safetensors")}
+    for path in folder.glob("*/*.pt"):
+        with zipfile.ZipFile(path) as archive:
+            found |= {f"{path.name}:{n}": archive.read(n) for n in archive.namelist() if "/data/" in n}
+    return found
+
+
+# -------------------------------------------------------------------------------------------------- two ranks
+
+
+def on_two_ranks(*words: str) -> subprocess.CompletedProcess:
+    """A real launch: ``deepspeed`` on gloo."""
+    port = str(random.SystemRandom().randrange(20000, 40000))
+    command = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", port]
+    script = ["--no_local_rank", str(ROOT / "tests/toy_training.py"), *words]
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        environment.pop(name, None)
+    return subprocess.run([*command, *script], env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_two_ranks_zero_3(tmp_path):
+    """As PyTorch alone; a rank's bad sample makes both skip; 4 steps are 2, SIGKILL, and 2."""
+    common = ("loop.batch=8", "loop.micro_batch=2", "loop.checkpointing=true", "zero_stage=3")
+    exact = (*common, "loop.precision=fp32", "loop.steps=3")
+    bad = (*common, "loop.precision=bf16", "loop.steps=3", "poison='10'", "loop.save_every=1")
+    half = (*common, "loop.precision=bf16", "loop.steps=4", "loop.save_every=2", "loop.ema=0.9")
+    folders = {name: str(tmp_path / name) for name in ("exact", "bad", "whole", "halves")}
+    first = [folders["exact"], *exact, "--then", folders["bad"], *bad, "--then", folders["whole"], *half]
+    killed = on_two_ranks(*first, "--then", folders["halves"], *half, "--kill-at", "3")
+    assert killed.returncode != 0
+    again = on_two_ranks(folders["halves"], *half)
+    assert again.returncode == 0, again.stderr[-3000:]
+
+    recipe = toy(tmp_path / "exact", *exact)
+    told, norms, net = plain(recipe, 3)
+    torch.testing.assert_close(numbers(recipe, "student/loss"), told, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(numbers(recipe, "student/grad_norm"), norms, rtol=1e-5, atol=1e-6)
+    for name, p in net.named_parameters():
+        torch.testing.assert_close(weights(recipe)[name], p.detach(), rtol=1e-4, atol=1e-5)
+
+    assert numbers(toy(tmp_path / "bad", *bad), "skipped_steps") == [0, 1, 1]
+    assert_same(toy(tmp_path / "whole", *half), toy(tmp_path / "halves", *half))
+    for rank in (0, 1):
+        lines = (tmp_path / f"halves/keys_{rank}.txt").read_text().splitlines()
+        assert [*lines[:2], *lines[-2:]] == (tmp_path / f"whole/keys_{rank}.txt").read_text().splitlines()
+
+
+def test_the_launcher_script_says_what_it_would_run():
+    command = [ROOT / "launch/one_node.sh", "-n", "2", "--dry-run", "a.yaml", "x=1"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "--num_gpus 2" in said
+    assert said.split()[-4:] == ["v4e.cli", "train", "a.yaml", "x=1"]
+
+
+def test_flat():
+    assert flat(Loop())["schedule.kind"] == "constant"
