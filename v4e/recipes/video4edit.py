@@ -61,6 +61,7 @@ class Video4Edit:
 
     Args:
         teacher, student: diffusers folders or hub ids of FLF2V and I2V.
+        fresh: keep only the architecture of ``student`` and start from random weights.
         shift: the student's own; its few-step grids must be among the stored levels.
         few_steps: grids whose levels the ``trajectory`` term trains.
         flow_share: share of samples trained off the grid by flow matching.
@@ -71,6 +72,7 @@ class Video4Edit:
 
     teacher: str = ""
     student: str = ""
+    fresh: bool = False
     shift: float = 3.0
     few_steps: tuple[int, ...] = (1, 2, 4, 8)
     flow_share: float = 0.25
@@ -85,7 +87,8 @@ class Video4Edit:
     loop: Loop = field(default_factory=Loop)
 
     def players(self) -> Sequence[Player]:
-        student = Player("student", *self._declare(self.student, "i2v"), True, self.optim, self.zero_stage)
+        declared = self._declare(self.student, "i2v", self.loop.seed if self.fresh else None)
+        student = Player("student", *declared, True, self.optim, self.zero_stage)
         if not self._matches_blocks:
             return [student]
         return [student, Player("teacher", *self._declare(self.teacher, "flf2v"), False, zero_stage=self.zero_stage)]
@@ -123,10 +126,11 @@ class Video4Edit:
     def _matches_blocks(self) -> bool:
         return self.terms.block > 0 and bool(self.student_blocks)
 
-    def _declare(self, source: str, kind: wan.Kind):
+    def _declare(self, source: str, kind: wan.Kind, fresh_seed: int | None = None):
         return wan.declare(
             source,
             kind=kind,
+            fresh_seed=fresh_seed,
             attention=self.attention,
             fold_text_padding=self.fold_text_padding,
             checkpointing=self.loop.checkpointing,
