@@ -56,19 +56,21 @@ def ablate(args: argparse.Namespace) -> int:
 
 def train(args: argparse.Namespace) -> int:
     """Train a recipe; under a launcher, every rank runs this."""
-    from v4e import config, recipes
+    from v4e import config, dist, recipes
 
     recipe = config.load(args.config, args.overrides, recipes.pick)
     from v4e.data.stream import Stream
+    from v4e.eval.contact import ContactSheet
     from v4e.train.run import train_recipe
 
-    loop = recipe.loop
+    loop, ranks = recipe.loop, dist.start(recipe.loop.threads)
 
     def stream(rank: int, world: int) -> Stream:
         sizes = {"batch": loop.batch, "micro_batch": loop.micro_batch, "rank": rank, "world": world}
         return Stream(loop.data, seed=loop.seed, cache=loop.cache_bytes, **sizes)
 
-    train_recipe(recipe, stream, resume=args.resume)
+    sheet = ContactSheet(loop.validation, recipe.codec, ranks, shift=recipe.shift) if loop.validation else None
+    train_recipe(recipe, stream, sheet, resume=args.resume)
     return 0
 
 

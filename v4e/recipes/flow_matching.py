@@ -43,6 +43,11 @@ class FlowMatching:
     optim: Optim = field(default_factory=Optim)
     loop: Loop = field(default_factory=Loop)
 
+    @property
+    def codec(self) -> str:
+        """Folder or Hub id whose VAE decodes contact sheets."""
+        return self.init
+
     def players(self) -> Sequence[Player]:
         build, weights = wan.declare(
             self.init,

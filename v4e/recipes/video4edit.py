@@ -15,6 +15,7 @@ from torch import Tensor
 from v4e import flow, losses
 from v4e.config import Loop
 from v4e.data.collate import collate
+from v4e.errors import ConfigError
 from v4e.models import wan
 from v4e.nouns import Draw, EditBatch, Losses, Optim, Player, RolloutBatch, Sample
 from v4e.verbs import Backbone
@@ -94,7 +95,10 @@ class Video4Edit:
         return [student, Player("teacher", *self._declare(self.teacher, "flf2v"), False, zero_stage=self.zero_stage)]
 
     def batch(self, samples: Sequence[Sample], weights: Sequence[float]) -> EditBatch:
-        return collate(samples, weights, rollout=True)
+        batch = collate(samples, weights, rollout=True)
+        assert batch.rollout is not None
+        self._refuse_unfit(batch.rollout)
+        return batch
 
     def turns(self, step: int) -> Sequence[str]:
         return ("student",)
@@ -123,8 +127,33 @@ class Video4Edit:
         }
 
     @property
+    def codec(self) -> str:
+        """Folder or Hub id whose VAE decodes contact sheets."""
+        return self.student
+
+    @property
     def _matches_blocks(self) -> bool:
         return self.terms.block > 0 and bool(self.student_blocks)
+
+    @property
+    def _few_levels(self) -> Tensor:
+        return flow.union_grid(self.few_steps, self.shift)[:-1].float()
+
+    def _refuse_unfit(self, rollout: RolloutBatch) -> None:
+        """Roll-outs that lack what the terms need would silently train something else."""
+        stored = rollout.sigma_BK[0]
+        if missing := [f"{s:.4f}" for s in self._few_levels.tolist() if not bool(at_levels(stored, torch.tensor([s])).any())]:
+            raise ConfigError(
+                f"the roll-outs do not stop at {', '.join(missing)}, levels of the student's few-step grids",
+                where="keys shift and few_steps",
+                fix=f"roll out with student_shift={self.shift} and all of {list(self.few_steps)} among the step_counts",
+            )
+        if self._matches_blocks and not rollout.full_BKCthw.shape[1]:
+            raise ConfigError(
+                "the roll-outs hold no full states, which the term block needs",
+                where="key terms.block",
+                fix="roll out with keep_full=true, or set terms.block=0",
+            )
 
     def _declare(self, source: str, kind: wan.Kind, fresh_seed: int | None = None):
         return wan.declare(
@@ -156,11 +185,12 @@ class Video4Edit:
         region = losses.region_weight(batch.change_Bthw, self.edit_boost)
         on_grid_B = (point.kept_B >= 0).float() * batch.weight_B
         off_grid_B = (point.kept_B < 0).float() * batch.weight_B
+        few_B = on_grid_B * at_levels(point.sigma_B, self._few_levels.to(v.device))
         mean_v = flow.from_x0(point.x_BCthw, point.end_BCthw, point.sigma_B)
         tail = flow.to_x0(point.x_BCthw, v.float(), point.sigma_B)[:, :, -1:]
         return {
             "velocity": losses.squared(v, point.velocity_BCthw, on_grid_B, region),
-            "trajectory": losses.squared(v, mean_v, on_grid_B, region),
+            "trajectory": losses.squared(v, mean_v, few_B, region),
             "tail": losses.squared(tail, batch.tail_BChw[:, :, None], on_grid_B, region[:, :, -1:]),
             "flow": losses.squared(v, point.velocity_BCthw, off_grid_B, region),
         }
@@ -194,6 +224,11 @@ def anchored(batch: EditBatch, rollout: RolloutBatch, kept_B: Tensor) -> Point:
     offset[:, :, -1] = batch.tail_BChw - rollout.end_BCthw[:, :, -1]
     x, v = flow.anchor(rollout.x_BKCthw[rows, kept_B], rollout.v_BKCthw[rows, kept_B], sigma_B, offset)
     return Point(x, sigma_B, v, rollout.end_BCthw + offset, kept_B)
+
+
+def at_levels(sigma_B: Tensor, levels_K: Tensor) -> Tensor:
+    """One where a noise level is among ``levels_K``, to fp32's rounding; else zero."""
+    return ((sigma_B[:, None] - levels_K).abs().amin(1) < 1e-5).float()
 
 
 def shared_tokens(h_BSD: Tensor, t_long: int, t_short: int) -> Tensor:
