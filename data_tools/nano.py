@@ -23,12 +23,12 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from data_tools import world
@@ -599,8 +599,8 @@ library_name: diffusers
 ---
 # wan-nano: {name}
 
-{what} A tiny Wan in the classes and folder layout of the real weights, trained from nothing by `make nano` (docs/nano.md)
-on procedural edit clips over photographs bundled with scikit-image and scikit-learn (docs/world.md). {parameters}
+{what} A tiny Wan in the classes and folder layout of the real weights, trained from nothing by `make nano`
+(docs/nano.md) on procedural edit clips over photographs bundled with scikit-image and scikit-learn (docs/world.md). {parameters}
 parameters in the transformer, bf16. It exists so that v4e runs anywhere; it edits no photograph you would print.
 
 Figures, measured by `make demo` on photographs and combinations that no training saw ({n} edits a row):
@@ -617,19 +617,19 @@ WHAT = {
 
 def write_cards(report: Path, out: Path) -> None:
     """Model cards with the figures that a demo measured."""
-    rows = [r for r in json.loads(report.read_text())["rows"] if r["group"] == "overall" and r["seed"] is None]
+    methods = json.loads(report.read_text())["methods"]
     for name, shown in (("teacher", ("vae", "teacher")), ("i2v", ("vae", "init"))):
-        lines = [_card_line(r) for r in rows if r["method"] in shown]
+        rows = [(m, steps, entry["overall"]) for m in shown for steps, entry in methods[m].items()]
         weights = load_file(out / name / "transformer" / "diffusion_pytorch_model.safetensors")
-        figures = {"parameters": f"{sum(w.numel() for w in weights.values()):,}", "n": rows[-1]["n"]}
-        text = CARD_TEXT.format(name=name, what=WHAT[name], rows="\n".join(lines), **figures)
+        parameters = f"{sum(w.numel() for w in weights.values()):,}"
+        table = "\n".join(_card_line(*row) for row in rows)
+        text = CARD_TEXT.format(name=name, what=WHAT[name], parameters=parameters, n=rows[-1][2]["n"], rows=table)
         (out / name / "README.md").write_text(text)
 
 
-def _card_line(row: dict[str, Any]) -> str:
-    figures = [row[k] for k in ("psnr", "middle_psnr", "sharpness", "success")]
-    told = ["" if f is None else f"{f:.2f}" for f in figures]
-    return f"| {row['method']} | {row['steps'] or ''} | {' | '.join(told)} |"
+def _card_line(method: str, steps: str, figures: dict[str, float | None]) -> str:
+    told = ["" if (f := figures.get(k)) is None else f"{f:.2f}" for k in ("psnr", "middle_psnr", "sharpness", "success")]
+    return f"| {method} | {steps if steps != '0' else ''} | {' | '.join(told)} |"
 
 
 STAGES = ("vae", "text", "vision", "arch", "pack", "teacher", "i2v", "bundle")
