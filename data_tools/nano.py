@@ -600,8 +600,8 @@ library_name: diffusers
 # wan-nano: {name}
 
 {what} A tiny Wan in the classes and folder layout of the real weights, trained from nothing by `make nano`
-(docs/nano.md) on procedural edit clips over photographs bundled with scikit-image and scikit-learn (docs/world.md). {parameters}
-parameters in the transformer, bf16. It exists so that v4e runs anywhere; it edits no photograph you would print.
+(docs/nano.md) on procedural edit clips over photographs bundled with scikit-image and scikit-learn (docs/world.md).
+{parameters} parameters in the transformer, bf16. It exists so that v4e runs anywhere; it edits no photograph you would print.
 
 Figures, measured by `make demo` on photographs and combinations that no training saw ({n} edits a row):
 
@@ -628,7 +628,8 @@ def write_cards(report: Path, out: Path) -> None:
 
 
 def _card_line(method: str, steps: str, figures: dict[str, float | None]) -> str:
-    told = ["" if (f := figures.get(k)) is None else f"{f:.2f}" for k in ("psnr", "middle_psnr", "sharpness", "success")]
+    shown = (figures.get(name) for name in ("psnr", "middle_psnr", "sharpness", "success"))
+    told = ["" if figure is None else f"{figure:.2f}" for figure in shown]
     return f"| {method} | {steps if steps != '0' else ''} | {' | '.join(told)} |"
 
 
