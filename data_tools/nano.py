@@ -601,7 +601,7 @@ library_name: diffusers
 
 {what} A tiny Wan in the classes and folder layout of the real weights, trained from nothing by `make nano`
 (docs/nano.md) on procedural edit clips over photographs bundled with scikit-image and scikit-learn (docs/world.md).
-{parameters} parameters in the transformer, bf16. It exists so that v4e runs anywhere; it edits no photograph you would print.
+{parameters} parameters in the transformer, bf16. It exists so that v4e runs anywhere; nobody would print its edits.
 
 Figures, measured by `make demo` on photographs and combinations that no training saw ({n} edits a row):
 
