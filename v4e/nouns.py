@@ -289,7 +289,7 @@ class EditBatch:
     rollout: RolloutBatch | None = None
 
     @property
-    def tail_BChw(self) -> Tensor:
+    def tail_BChw(self) -> Tensor:  # noqa: N802 (shapes live in names)
         """Latents of the last latent frame: the edited image held still."""
         return self.clip_BCthw[:, :, -1]
 
@@ -302,23 +302,25 @@ def seed_of(*parts: object) -> int:
 
 @dataclass(frozen=True)
 class Draw:
-    """Randomness as a value: the same for a sample whatever rank, batch or worker it lands on.
+    """Randomness as a value: the same for a sample whatever rank, batch, worker or device it lands on.
 
     Args:
         seed: of the run.
         positions: of each of the batch's samples in the run's global order, counted over all epochs.
+        device: where the numbers are put; they are always drawn by CPU generators.
     """
 
     seed: int
     positions: tuple[int, ...]
+    device: torch.device = torch.device("cpu")
 
     def normal(self, name: str, *shape: int) -> Tensor:
-        """Standard normal numbers [B, *shape], fp32, from CPU generators."""
-        return torch.stack([torch.randn(shape, generator=g) for g in self._generators(name)])
+        """Standard normal numbers [B, *shape], fp32."""
+        return torch.stack([torch.randn(shape, generator=g) for g in self._generators(name)]).to(self.device)
 
     def uniform(self, name: str, *shape: int) -> Tensor:
-        """Uniform numbers in [0, 1) [B, *shape], fp32, from CPU generators."""
-        return torch.stack([torch.rand(shape, generator=g) for g in self._generators(name)])
+        """Uniform numbers in [0, 1) [B, *shape], fp32."""
+        return torch.stack([torch.rand(shape, generator=g) for g in self._generators(name)]).to(self.device)
 
     def integers(self, name: str, high: int) -> Tensor:
         """Integers in [0, high) [B], int64."""
