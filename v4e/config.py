@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -104,7 +104,9 @@ def load(
     tree = _read(Path(path)) if path else OmegaConf.create({})
     name = recipe or tree.get("recipe")
     if not name:
-        raise ConfigError("the config does not say which recipe it is for", where=where, fix="add a line `recipe: video4edit`")
+        raise ConfigError(
+            "the config does not say which recipe it is for", where=where, fix="add a line `recipe: video4edit`"
+        )
     tree.pop("recipe", None)
     return build(pick(str(name)), tree, overrides, where)
 
@@ -121,8 +123,8 @@ def build(cls: type[R], tree: DictConfig, overrides: Sequence[str], where: str) 
         merged = OmegaConf.merge(OmegaConf.structured(cls), tree, words)
         return OmegaConf.to_object(merged)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None) or "?"
-        raise ConfigError(str(error).splitlines()[0], where=f"{where}, key {key}") from error
+        place, key = _culprit(cls, ((tree, where), (words, "command line")))
+        raise ConfigError(str(error).splitlines()[0], where=f"{place}, key {key}") from error
 
 
 def to_dict(config: object) -> dict[str, Any]:
@@ -151,6 +153,32 @@ def _read(path: Path) -> DictConfig:
     if not isinstance(tree, DictConfig):
         raise ConfigError("a config is a mapping of keys to values", where=str(path))
     return tree
+
+
+def _culprit(cls: type, parts: Sequence[tuple[DictConfig, str]]) -> tuple[str, str]:
+    """Where the first setting that fails by itself was said, and its key; omegaconf does not always know."""
+    for tree, where in parts:
+        for key, value in _leaves(OmegaConf.to_container(tree)):
+            try:
+                OmegaConf.merge(OmegaConf.structured(cls), _nested(key, value))
+            except OmegaConfBaseException:
+                return where, key
+    return parts[0][1], "?"
+
+
+def _leaves(values: object, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """("loop.steps", 3) and so on; a list is a leaf."""
+    if not isinstance(values, dict):
+        yield prefix.removesuffix("."), values
+        return
+    for key, value in values.items():
+        yield from _leaves(value, f"{prefix}{key}.")
+
+
+def _nested(key: str, value: object) -> object:
+    for name in reversed(key.split(".")):
+        value = {name: value}
+    return value
 
 
 def _refuse_unknown(cls: type, values: object, where: str, prefix: str = "") -> None:

@@ -141,10 +141,10 @@ class Video4Edit:
 
     def _refuse_unfit(self, rollout: RolloutBatch) -> None:
         """Roll-outs that lack what the terms need would silently train something else."""
-        stored = rollout.sigma_BK[0]
-        if missing := [f"{s:.4f}" for s in self._few_levels.tolist() if not bool(at_levels(stored, torch.tensor([s])).any())]:
+        missing = self._few_levels[at_levels(self._few_levels, rollout.sigma_BK[0]) == 0].tolist()
+        if missing:
             raise ConfigError(
-                f"the roll-outs do not stop at {', '.join(missing)}, levels of the student's few-step grids",
+                f"the roll-outs do not stop at {missing[0]:.4f}, a level of the student's few-step grids",
                 where="keys shift and few_steps",
                 fix=f"roll out with student_shift={self.shift} and all of {list(self.few_steps)} among the step_counts",
             )
@@ -235,5 +235,3 @@ def shared_tokens(h_BSD: Tensor, t_long: int, t_short: int) -> Tensor:
     """Tokens of the latent frames that the shorter clip keeps [B, S', D]; both ends always among them."""
     frames = [round(i * (t_long - 1) / max(1, t_short - 1)) for i in range(t_short)]
     return h_BSD.unflatten(1, (t_long, -1))[:, frames].flatten(1, 2)
-
-
