@@ -13,12 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from toy_training import Net, Toy, ToyStream, made, plain, tensors, toy
+from toy_training import Duo, Net, Toy, ToyStream, made, plain, tensors, toy
 
 from v4e import dist, journal
 from v4e.config import Loop, Schedule
 from v4e.errors import CheckpointError, ConfigError, TrainingError
-from v4e.nouns import Optim, Player
+from v4e.nouns import Draw, Optim, Player, Sample
 from v4e.train.engines import accumulation, cast, is_hidden_matrix
 from v4e.train.run import Run, flat, open_run, train_recipe
 from v4e.train.schedule import factor
@@ -74,6 +74,28 @@ def test_rope_like_buffers_survive_bf16(tmp_path, stage):
         assert engine.module.table.dtype == torch.float32
     assert all(p.grad is None for p in players["teacher"].parameters())
     assert not any(p.requires_grad for p in players["teacher"].parameters())
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_a_turn_improves_its_player_alone(tmp_path, stage):
+    """The student's gradients pass through the critic's engine and leave nothing there."""
+    duo = Duo(**vars(toy(tmp_path, *SMALL, f"zero_stage={stage}", "loop.steps=2")))
+    train(duo)
+    nets = {"student": made(1), "critic": made(3)}
+    adams = {n: torch.optim.AdamW(net.parameters(), 1e-2, duo.optim.betas, weight_decay=0) for n, net in nets.items()}
+    for step in range(2):
+        positions = tuple(range(step * 4, step * 4 + 4))
+        batch = duo.batch([Sample(str(p), "", "", None, None) for p in positions], [1.0] * 4)
+        for turn, adam in adams.items():
+            for net in nets.values():
+                net.zero_grad()
+            duo.losses(nets, batch, Draw(0, positions), turn, step).total.backward()
+            nn.utils.clip_grad_norm_(nets[turn].parameters(), 1.0)
+            adam.step()
+    for player, net in nets.items():
+        found = load_file(tmp_path / f"weights/{player}/weights.safetensors")
+        for name, p in net.named_parameters():
+            torch.testing.assert_close(found[name], p.detach(), rtol=1e-4, atol=1e-5)
 
 
 def test_accumulation_is_one_batch(tmp_path):

@@ -112,6 +112,23 @@ class Toy:
 
 
 @dataclass(frozen=True)
+class Duo(Toy):
+    """Two players in turn: the student pleases the critic, the critic shrinks what it says of the student."""
+
+    def players(self) -> Sequence[Player]:
+        return [self._player("student", 1, True), self._player("critic", 3, True)]
+
+    def turns(self, step: int) -> Sequence[str]:
+        return ("student", "critic")
+
+    def losses(self, players: Mapping[str, Backbone], batch: ToyBatch, draw: Draw, turn: str, step: int) -> Losses:
+        sigma = draw.uniform("sigma")
+        made = players["student"](batch.x_BSC, sigma, None)[0]
+        said = players["critic"](made if turn == "student" else made.detach(), sigma, None)[0]
+        return Losses({"said": said.mean() if turn == "student" else (said**2).mean()}, {"said": 1.0})
+
+
+@dataclass(frozen=True)
 class ToySlice:
     samples: tuple[Sample, ...]
     weights: tuple[float, ...]

@@ -26,6 +26,7 @@ from v4e.config import Loop
 from v4e.dist import Ranks
 from v4e.errors import CheckpointError, ConfigError
 from v4e.nouns import Optim, Player
+from v4e.verbs import Backbone
 
 BUCKET = 50_000_000  # elements reduced or gathered at once; a 4M model fits into one
 PERSISTENT = 100_000  # ZeRO-3 leaves parameters below this many elements whole: norms, biases, tables
@@ -47,6 +48,11 @@ class Role:
     engine: DeepSpeedEngine
     stage: int
     settings: str
+
+    @property
+    def module(self) -> Any:
+        """The network inside, with ZeRO-3's hooks."""
+        return self.engine.module
 
     @property
     def lr(self) -> dict[str, float]:
@@ -78,8 +84,7 @@ class Role:
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:
         """(name, whole fp32 tensor) of each trained parameter; every rank must draw all of them."""
         copies = self._copies() if self.stage == 0 else {}
-        module: Any = self.engine.module
-        for name, parameter in module.named_parameters():
+        for name, parameter in self.module.named_parameters():
             if parameter.requires_grad:
                 whole: Any = copies[parameter] if self.stage == 0 else safe_get_full_fp32_param(parameter)
                 yield name, whole.detach().float()
@@ -120,6 +125,14 @@ class Cast(Mapping[str, DeepSpeedEngine]):
     @property
     def trained(self) -> dict[str, Role]:
         return {name: role for name, role in self.roles.items() if role.player.trains}
+
+    def scene(self, turn: str) -> dict[str, Backbone]:
+        """Whom a recipe calls in a turn: the engine of the player that is improved, the bare modules of the others.
+
+        ZeRO-3's gathering hangs on the modules. An engine adds hooks that take any gradient passing through for its
+        own backward: an error at stage 0, wrong numbers at stage 3.
+        """
+        return {name: role.engine if name == turn else role.module for name, role in self.roles.items()}
 
     @contextmanager
     def only(self, turn: str) -> Iterator[Role]:
@@ -214,8 +227,9 @@ def _prepare(ranks: Ranks) -> None:
     deepspeed_logger.setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     if ranks.device.type == "cpu":
-        # DeepSpeed would compile its shared-memory all-reduce, which asks a compiler of the user; gloo does.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # Nothing of DeepSpeed's is to be compiled: gloo does without its shared-memory all-reduce, and even asking
+        # what could be compiled starts compilers.
+        vars(deepspeed.ops)["__compatible_ops__"] = {}
         torch.compiler.set_stance("force_eager")  # its Muon is torch.compiled, a minute per shape on a CPU
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, dist_backend=_backend(ranks))
 

@@ -125,9 +125,10 @@ def _turn(
     recipe: Recipe, cast: Cast, role: Role, batches: list[EditBatch], draws: list[Draw], step: int, tally: Tally
 ) -> Outcome:
     turn, suspects = role.player.name, []
+    players = cast.scene(turn)
     norm, moved = math.nan, False
     for batch, draw in zip(batches, draws, strict=True):
-        losses = recipe.losses(cast, batch, draw, turn, step)
+        losses = recipe.losses(players, batch, draw, turn, step)
         total = losses.total
         if not _note(losses, total, turn, tally):
             suspects += batch.keys
