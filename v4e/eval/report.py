@@ -26,7 +26,7 @@ ABOUT = {
     "psnr": "dB over the whole image",
     "middle_psnr": "dB of a clip's frames between first and last, where the true ones are known",
     "ssim": "structural similarity over the whole image, Gaussian window of 11 pixels, sigma 1.5",
-    "sharpness": "mean squared Laplacian of luma, output over target, each plus 20/12 for rounding; 1 is equal",
+    "sharpness": "mean squared Laplacian of luma, output over target, each plus 20/12 for rounding; geometric mean",
     "success": "share of outputs that the world's oracle accepts",
     "spread": "standard deviation (n - 1) of the sampling seeds' means",
     "n": "edited images, over all cases and seeds of the row",
@@ -154,7 +154,7 @@ def overview(report: Report) -> str:
     """One line per method and step count."""
     names = [n for n in TITLES if n != "psnr"]
     lines = [
-        [row.method, str(row.steps or "")] + [_with_spread(row, n) for n in names] + [str(row.mean.n)]
+        [row.method, str(row.steps or "")] + [with_spread(row, n) for n in names] + [str(row.mean.n)]
         for row in report.rows
         if row.group == OVERALL and row.seed is None
     ]
@@ -170,8 +170,8 @@ def task_table(report: Report) -> str:
     last = ["keep_psnr", "sharpness", "success"]
     lines = [
         [group]
-        + [_figure(table.get((m, group)), "edit_psnr") for m in methods]
-        + [_figure(table.get(("student", group)), n) for n in last]
+        + [figure(table.get((m, group)), "edit_psnr") for m in methods]
+        + [figure(table.get(("student", group)), n) for n in last]
         for group in groups
     ]
     return text_table(["task", *methods, *(f"student {TITLES[n]}" for n in last)], lines)
@@ -236,14 +236,16 @@ def _spread(spread: Metrics) -> dict[str, float]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _figure(row: Row | None, metric: str) -> str:
+def figure(row: Row | None, metric: str) -> str:
+    """A row's mean as text; empty where there is none."""
     value = getattr(row.mean, metric) if row else None
     return "" if value is None else f"{value:.{DIGITS[metric]}f}"
 
 
-def _with_spread(row: Row, metric: str) -> str:
-    spread = getattr(row.spread, metric) if row.spread else None
-    return _figure(row, metric) + (f" ± {spread:.{DIGITS[metric]}f}" if spread is not None else "")
+def with_spread(row: Row | None, metric: str) -> str:
+    """The mean and, where it is known, the spread."""
+    spread = getattr(row.spread, metric) if row and row.spread else None
+    return figure(row, metric) + (f" ± {spread:.{DIGITS[metric]}f}" if spread is not None else "")
 
 
 def _table_line(cells: Sequence[str], widths: Sequence[int]) -> str:

@@ -44,9 +44,9 @@ def draw(title: str, columns: Sequence[Column], rows: Sequence[SheetRow]) -> Ima
     size = (lefts[-1] + widths[-1] + MARGIN, top + sum(heights) + GAP * (len(rows) - 1) + MARGIN)
     sheet = Image.new("RGB", size, PAPER)
     pen = ImageDraw.Draw(sheet)
-    pen.text((MARGIN, MARGIN), title, INK, _font(TITLE))
+    pen.text((MARGIN, MARGIN), title, INK, font(TITLE))
     for left, column in zip(lefts, columns, strict=True):
-        pen.text((left, MARGIN + TITLE + GAP), column.title, FAINT, _font(FONT))
+        pen.text((left, MARGIN + TITLE + GAP), column.title, FAINT, font(FONT))
     for row, height in zip(rows, heights, strict=True):
         for left, width, column, cell in zip(lefts, widths, columns, row.cells, strict=True):
             _fill(sheet, pen, (left, top), (width, height), column, cell)
@@ -64,7 +64,7 @@ def _fill(sheet: Image.Image, pen: ImageDraw.ImageDraw, corner, size, column: Co
     (left, top), (width, height) = corner, size
     if isinstance(cell, str):
         words = _wrap(cell, width)
-        pen.multiline_text((left, top + height // 2), words, INK, _font(FONT), anchor="lm", spacing=5)
+        pen.multiline_text((left, top + height // 2), words, INK, font(FONT), anchor="lm", spacing=5)
         return
     top += (height - _height(column, cell)) // 2
     for i, frame in enumerate(_frames(cell)):
@@ -77,7 +77,7 @@ def _frames(clip: Clip) -> list[Image.Image]:
 
 
 def _width(column: Column, cell: Clip | str) -> int:
-    title = int(_font(FONT).getlength(column.title))
+    title = int(font(FONT).getlength(column.title))
     if isinstance(cell, str):
         return max(title, column.text_width)
     return max(title, len(cell) * (cell.size[1] * column.scale + 2) - 2)
@@ -96,7 +96,7 @@ def _wrap(text: str, width: int) -> str:
         line = ""
         for word in part.split():
             longer = f"{line} {word}".strip()
-            if line and _font(FONT).getlength(longer) > width:
+            if line and font(FONT).getlength(longer) > width:
                 lines.append(line)
                 longer = word
             line = longer
@@ -104,5 +104,6 @@ def _wrap(text: str, width: int) -> str:
     return "\n".join(lines)
 
 
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """Pillow's own font, so that a sheet looks the same everywhere."""
     return ImageFont.load_default(size)

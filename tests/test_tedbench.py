@@ -1,0 +1,106 @@
+"""Real photographs go down the whole road: ingest, evolve, rollout, verify, train, export, edit, each by its command.
+
+The models are tiny and random, so this is about data that nobody drew for us, not about quality.
+"""
+
+import json
+import math
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from builders import shared_wan_folder
+from PIL import Image
+from safetensors.torch import load_file
+
+from data_tools import cli as yard
+from data_tools.ingest import read_triplets
+from v4e import cli as door
+from v4e import journal
+
+ROOT = Path(__file__).parents[1]
+TEDBENCH = Path(os.environ.get("V4E_TEDBENCH", ROOT.parent / "shared/data/tedbench"))
+SIZE, STEPS, COUNT = 32, 20, 69
+ROLLOUT = (f"height={SIZE}", f"width={SIZE}", "teacher_frames=9", "guidance=3.0", "batch=3", "attention=matmul")
+LOOP = (f"steps={STEPS}", "batch=2", "micro_batch=2", "log_every=1", "save_every=0", "wandb.mode=disabled", "threads=1")
+BLOCKS = ("student_blocks=[0,2]", "teacher_blocks=[0,2]")  # the tiny models have three
+
+pytestmark = pytest.mark.skipif(
+    not (TEDBENCH / "triplets.jsonl").is_file(),
+    reason=f"TEdBench's 69 triplets are not there: no {TEDBENCH}/triplets.jsonl; name their folder in V4E_TEDBENCH",
+)
+
+
+def rows() -> list[dict[str, str]]:
+    return [json.loads(line) for line in (TEDBENCH / "triplets.jsonl").read_text().splitlines()]
+
+
+def a_few(folder: Path, every: int = 12) -> Path:
+    """A list of six triplets of different photographs; its paths lead to the real files."""
+    chosen = [row | {k: str(TEDBENCH / row[k]) for k in ("source", "edited")} for row in rows()[::every]]
+    path = folder / "few.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in chosen))
+    return path
+
+
+def shards(jsonl: Path, home: Path) -> None:
+    """home/triplets and home/shards, by the commands of the yard."""
+    triplets, made = str(home / "triplets"), str(home / "shards")
+    teacher = str(shared_wan_folder("flf2v"))
+    assert yard.main(["ingest", str(jsonl), triplets, "--height", str(SIZE), "--width", str(SIZE)]) == 0
+    assert yard.main(["evolve", triplets]) == 0
+    assert yard.main(["rollout", triplets, made, "--teacher", teacher, *ROLLOUT]) == 0
+    assert yard.main(["verify", made]) == 0
+
+
+def student(home: Path) -> Path:
+    """The trained and exported editor, by the commands of the house."""
+    models = (f"teacher={shared_wan_folder('flf2v')}", f"student={shared_wan_folder('i2v')}", *BLOCKS)
+    places = (f"loop.data={home / 'shards'}", f"loop.output={home / 'train'}")
+    config = str(ROOT / "configs/nano/video4edit.yaml")
+    assert door.main(["train", config, *models, *places, *(f"loop.{word}" for word in LOOP)]) == 0
+    assert door.main(["export", str(home / "train"), str(home / "student")]) == 0
+    return home / "student"
+
+
+def check_training(home: Path) -> None:
+    """Twenty finite losses with every term in them, and weights that have moved."""
+    lines = journal.read(home / "train")
+    assert [line["step"] for line in lines] == [*range(1, STEPS + 1)]
+    assert all(math.isfinite(line["student/loss"]) for line in lines)
+    assert {"velocity", "trajectory", "tail", "block", "flow"} <= {k.split("/")[-1] for k in lines[-1]}
+    before = load_file(shared_wan_folder("i2v") / "transformer/diffusion_pytorch_model.safetensors")
+    after = load_file(home / "train/weights/student/weights.safetensors")
+    assert before.keys() == after.keys()
+    assert not torch.equal(after["proj_out.weight"], before["proj_out.weight"])
+
+
+def check_edit(model: Path, home: Path) -> None:
+    """One of the photographs, edited by the command; the result has its size and is not the photograph."""
+    row = rows()[24]
+    photo, out = TEDBENCH / row["source"], home / "out.png"
+    words = ["edit", str(photo), row["instruction"], "--model", str(model), "-o", str(out), "--steps", "4"]
+    assert door.main([*words, "--device", "cpu"]) == 0
+    before, after = Image.open(photo).convert("RGB"), Image.open(out)
+    assert after.size == before.size
+    assert after.tobytes() != before.tobytes()
+
+
+def test_six_real_triplets_go_down_the_road(tmp_path):
+    shards(a_few(tmp_path), tmp_path)
+    taken = read_triplets(tmp_path / "triplets")
+    assert [t.instruction for t in taken] == [row["instruction"] for row in rows()[::12]]
+    assert len({t.evolution for t in taken}) == len(taken)
+    model = student(tmp_path)
+    check_training(tmp_path)
+    check_edit(model, tmp_path)
+
+
+@pytest.mark.slow
+def test_all_real_triplets_go_down_the_road(tmp_path):
+    shards(TEDBENCH / "triplets.jsonl", tmp_path)
+    assert len(read_triplets(tmp_path / "triplets")) == COUNT == len(rows())
+    model = student(tmp_path)
+    check_training(tmp_path)
+    check_edit(model, tmp_path)
