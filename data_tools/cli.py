@@ -149,3 +149,7 @@ def _add_look(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--codec", default="", help="model folder; decodes what the roll-outs came to")
     parser.add_argument("--rows", type=int, default=24, help="samples to show")
     parser.set_defaults(run=look)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -5,7 +5,10 @@ anyone can compute every number again: :func:`recompute` does, from the files al
 """
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+import math
+import multiprocessing
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from statistics import fmean, stdev
@@ -154,9 +157,18 @@ def copy_source(cases: Sequence[Case], seeds: Sequence[int], steps: int) -> list
 
 
 def evaluate(
-    cases: Sequence[Case], methods: Sequence[Method], judge: Judge, folder: Path, batch: int = 16
+    cases: Sequence[Case],
+    methods: Sequence[Method],
+    judge: Judge,
+    folder: Path,
+    batch: int = 16,
+    processes: int = 1,
 ) -> list[Result]:
     """Run every method over every case, write the pictures, score what was written.
+
+    Args:
+        batch: cases given to a method at once.
+        processes: that share the work, forked; each should compute on one thread.
 
     Returns:
         one result per (method, steps, seed, case); also the lines of ``folder/edits.jsonl``.
@@ -167,7 +179,8 @@ def evaluate(
     _refuse_twins([case.id for case in cases])
     _write_inputs(cases, folder)
     units = [*_units(cases, methods, batch)]
-    results = [r for unit in progress(units, "evaluate", total=len(units)) for r in _run(unit, judge, folder)]
+    made = _run_all(units, judge, folder, processes)
+    results = [r for part in progress(made, "evaluate", total=len(units)) for r in part]
     write_results(results, folder)
     return results
 
@@ -191,8 +204,12 @@ def aggregate(results: Iterable[Result]) -> list[Row]:
 
 
 def mean_of(scores: Sequence[Scores]) -> Metrics:
-    """Plain means; values that are None are left out, and None is the mean of nothing."""
+    """Plain means, but geometric of ratios; values that are None are left out, and None is the mean of nothing.
+
+    Sharpness is a ratio: one output ten times as sharp as a flat target must not hide nine that are blurred.
+    """
     means = {f.name: _mean([getattr(s, f.name) for s in scores]) for f in fields(Scores)}
+    means["sharpness"] = math.exp(_mean([math.log(s.sharpness) for s in scores]) or 0.0)
     return Metrics(**means, n=len(scores), n_keep=sum(s.keep_psnr is not None for s in scores))  # type: ignore[arg-type]
 
 
@@ -233,6 +250,14 @@ def output_of(result: Result, folder: Path) -> Clip:
     return _read(folder / result.files.output)
 
 
+def clip_of(result: Result, folder: Path) -> Clip:
+    """Source, the middle frames that were kept, and the edited image."""
+    source, output = _read(folder / result.files.source), output_of(result, folder)
+    if not result.files.middle:
+        return Clip.join([source, output])
+    return Clip.join([source, _cut(_read(folder / result.files.middle), source.size[1]), output])
+
+
 # --------------------------------------------------------------------------------------------------- inside
 
 
@@ -243,6 +268,27 @@ def _units(cases: Sequence[Case], methods: Sequence[Method], batch: int) -> Iter
         for chunk in chunks:
             for seed in method.seeds:
                 yield from (Unit(method, steps, seed, chunk) for steps in method.steps)
+
+
+def _run_all(units: Sequence[Unit], judge: Judge, folder: Path, processes: int) -> Iterator[list[Result]]:
+    """Results unit by unit, in order."""
+    if processes == 1:
+        yield from (_run(unit, judge, folder) for unit in units)
+        return
+    # Methods hold closures over loaded models, which no queue carries: forked children inherit them.
+    global _inherited
+    _inherited = (units, judge, folder)
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("fork")) as pool:
+        yield from pool.map(_run_inherited, range(len(units)))
+
+
+_inherited: tuple[Sequence[Unit], Judge, Path] | None = None
+
+
+def _run_inherited(number: int) -> list[Result]:
+    assert _inherited is not None
+    units, judge, folder = _inherited
+    return _run(units[number], judge, folder)
 
 
 def _run(unit: Unit, judge: Judge, folder: Path) -> list[Result]:

@@ -1,0 +1,564 @@
+"""`v4e demo`: the whole road on one machine, in stages that are skipped once they are done.
+
+    triplets -> evolve -> rollout -> verify -> distill -> export
+    -> sft_equal_steps -> sft_equal_compute -> evaluate -> report
+
+Every stage leaves ``stages/NAME.json`` with its seconds and headline, written last, so that an interrupted demo goes on
+where it stopped; training goes on inside its stage. Nothing here knows that the models are small.
+"""
+
+import json
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache, partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data_tools import ingest, verify, world
+from data_tools.rollout import NO_TEACHER, RolloutConfig, rollout
+from v4e import config as settings_of
+from v4e.data.disk import agree, read_bytes, to_json, writable, write_atomically
+from v4e.errors import CheckpointError, TrainingError
+from v4e.eval import report, run, sheet
+from v4e.eval.report import Bar, Key, Report
+from v4e.eval.run import Case, Method, Result
+from v4e.journal import progress
+from v4e.models.codec import WanCodec
+from v4e.nouns import Clip
+from v4e.pipelines import EditPipeline, TeacherPipeline
+
+ASSETS = Path(__file__).parents[1] / "v4e" / "assets"
+LOCAL = ("add", "remove", "replace", "recolour", "move")
+SHEET_FRAMES = 5  # of the teacher's clip
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """The demo's settings: ``v4e demo key=value ...``.
+
+    Args:
+        output: folder for everything.
+        bundle: folder with the models ``teacher`` (FLF2V) and ``i2v``, in diffusers layout.
+        recipe, baseline: training configs of the student and of plain flow matching on the same triplets.
+        train: ``key=value`` words for both trainings, over those files.
+        triplets: edits to train on.
+        per_task: held-out edits of each task to evaluate on.
+        validation: held-out edits, others than those, for the training's contact sheets.
+        size: pixels of every picture's side.
+        steps: training steps; 0 leaves them as the configs say.
+        compute_ratio: the sft_equal_compute row trains for this many times the student's steps. It is fixed, so that
+            the run is reproducible, and chosen so that its seconds match those of roll-out and distillation together;
+            the report shows both.
+        ranks: processes of a training.
+        seed: of the triplets, the roll-outs and the trainings.
+        seeds: sampling seeds of the evaluation.
+        step_counts: solver steps to evaluate; ``headline``: the one that the bars are about.
+        teacher_steps: solver steps of the teacher row, whose guidance is the roll-out's.
+        rollout: the roll-out's own settings; its teacher, sizes and seed follow from those above.
+    """
+
+    output: str = "runs/demo"
+    bundle: str = str(ASSETS / "wan-nano")
+    recipe: str = "configs/nano/video4edit.yaml"
+    baseline: str = "configs/nano/flow_matching.yaml"
+    train: tuple[str, ...] = ()
+    triplets: int = 256
+    per_task: int = 2
+    validation: int = 11
+    size: int = 64
+    steps: int = 0
+    compute_ratio: float = 1.5
+    ranks: int = 2
+    seed: int = 0
+    seeds: int = 3
+    step_counts: tuple[int, ...] = (1, 2, 4, 8, 50)
+    headline: int = 4
+    teacher_steps: int = 8
+    batch: int = 22
+    rollout: RolloutConfig = field(
+        default_factory=lambda: RolloutConfig(
+            teacher="teacher of the bundle",
+            teacher_frames=9,
+            batch=16,
+            guidance=1.0,
+            attention="matmul",
+            fold_text_padding=True,
+            dataset="v4e world",
+        )
+    )
+
+    @property
+    def root(self) -> Path:
+        return Path(self.output)
+
+    @property
+    def teacher(self) -> Path:
+        return Path(self.bundle) / "teacher"
+
+    @property
+    def i2v(self) -> Path:
+        return Path(self.bundle) / "i2v"
+
+    @property
+    def rolling(self) -> RolloutConfig:
+        """The roll-out's settings, completed."""
+        size = {"height": self.size, "width": self.size}
+        return replace(self.rollout, teacher=str(self.teacher), seed=self.seed, **size)
+
+    @property
+    def student_steps(self) -> int:
+        return self.steps or _loop_of(self.recipe).steps
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A step of the road: ``work`` returns its headline."""
+
+    name: str
+    work: Callable[[DemoConfig], str]
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a finished stage left."""
+
+    seconds: float
+    headline: str
+
+
+def main(path: str | None, overrides: Sequence[str]) -> int:
+    """Run the demo; what is done already is not done again."""
+    demo = settings_of.load(path, overrides, lambda _: DemoConfig, recipe="demo")
+    torch.set_num_threads(1)  # the demo's parallelism is processes; small tensors lose by threads
+    walk(demo)
+    print(closing(demo))
+    return 0
+
+
+def walk(demo: DemoConfig) -> None:
+    """All stages.
+
+    Raises:
+        CheckpointError: the bundle is missing.
+        DataError: the output folder was begun with other settings, or the disk is full.
+        TrainingError: a training ended badly.
+    """
+    check_bundle(demo)
+    with writable(demo.root):
+        (demo.root / "stages").mkdir(parents=True, exist_ok=True)
+        agree(demo.root / "demo.json", asdict(demo))
+        for number, stage in enumerate(STAGES, 1):
+            _walk_stage(demo, stage, number)
+
+
+def check_bundle(demo: DemoConfig) -> None:
+    """CheckpointError when the models are missing."""
+    if not (demo.teacher.is_dir() and demo.i2v.is_dir()):
+        raise CheckpointError("no models `teacher` and `i2v`", where=demo.bundle, fix="train them with `make nano`")
+
+
+def recompute(edits: Path) -> int:
+    """Print every row of an evaluation again, computed from its pictures by the world's own judge."""
+    results = run.recompute(edits, judge)
+    print(report.overview(Report(tuple(run.aggregate(results)), tasks=world.TASKS)))
+    changed = sum(a != b for a, b in zip(results, run.read_results(edits), strict=True))
+    print(f"{len(results)} edits recomputed, {changed} differ from {edits / run.LINES}")
+    return 1 if changed else 0
+
+
+def closing(demo: DemoConfig) -> str:
+    """The last words: the tables, and where the pictures are."""
+    made = _report(demo)
+    passed = sum(outcome.passed for outcome in made.outcomes)
+    student = demo.root / "student"
+    return "\n".join(
+        [
+            "",
+            report.overview(made),
+            "",
+            report.task_table(made),
+            "",
+            report.bar_table(made.outcomes),
+            "",
+            f"{passed} of {len(made.outcomes)} bars pass; {sum((made.seconds or {}).values()) / 60:.1f} minutes in all",
+            f"pictures  {demo.root / 'sheet.png'}, every edit in {demo.root / 'edits'}",
+            f"report    {demo.root / 'report.md'}",
+            f'try it    v4e edit PHOTO "make it snow" --model {student} -o out.png --steps {demo.headline}',
+        ]
+    )
+
+
+# -------------------------------------------------------------------------------------------------- stages
+
+
+def _walk_stage(demo: DemoConfig, stage: Stage, number: int) -> None:
+    once(_marker(demo, stage), f"[{number}/{len(STAGES)}] {stage.name}", lambda: stage.work(demo))
+
+
+def once(marker: Path, title: str, work: Callable[[], str]) -> None:
+    """Do what was not done before; the marker, written last, holds seconds and headline."""
+    if marker.is_file():
+        print(f"{title}: {read_done(marker).headline} (done before)", flush=True)
+        return
+    print(f"{title} ...", flush=True)
+    start = time.perf_counter()
+    headline = work()
+    done = Done(time.perf_counter() - start, headline)
+    write_atomically(marker, to_json(asdict(done)))
+    print(f"{title}: {headline} ({done.seconds:.0f} s)", flush=True)
+
+
+def _marker(demo: DemoConfig, stage: Stage) -> Path:
+    return demo.root / "stages" / f"{stage.name}.json"
+
+
+def read_done(marker: Path) -> Done:
+    """A finished stage's marker."""
+    return Done(**json.loads(read_bytes(marker)))
+
+
+def make_triplets(demo: DemoConfig) -> str:
+    """Draw the world's edits, for training and for contact sheets, and ingest them."""
+    wanted: tuple[tuple[str, world.Split, int], ...] = (
+        ("triplets", "train", demo.triplets),
+        ("validation", "heldout", demo.validation),
+    )
+    for folder, split, count in wanted:
+        raw = demo.root / folder / "raw"
+        world.write_triplets(raw, count, split, _seed_of(demo, folder), size=demo.size)
+        lines = partial(progress, title=f"ingest {folder}", total=count)
+        taken = ingest.ingest(raw / "triplets.jsonl", demo.root / folder, (demo.size, demo.size), watch=lines)
+    return f"{demo.triplets} edits of {len(world.TRAIN_PHOTOS)} photographs; validation: {taken}"
+
+
+def write_evolutions(demo: DemoConfig) -> str:
+    """Give every triplet its evolution prompt."""
+    for folder in ("triplets", "validation"):
+        counts = ingest.add_evolutions(demo.root / folder)
+    return f"such as: {ingest.read_triplets(demo.root / 'triplets')[0].evolution} ({len(counts)} tasks)"
+
+
+def roll_out(demo: DemoConfig) -> str:
+    """The teacher's roll-outs as shards; the validation's triplets are encoded only."""
+    config = demo.rolling
+    _roll_in_parts(demo, config)
+    encode = replace(config, teacher=NO_TEACHER, codec=str(demo.teacher))
+    rollout(ingest.read_triplets(demo.root / "validation"), demo.root / "validation" / "shards", encode)
+    return f"{demo.triplets} clips of {config.teacher_frames} frames, {len(config.levels) - 1} states of each"
+
+
+def _roll_in_parts(demo: DemoConfig, config: RolloutConfig) -> None:
+    """One single-threaded process a rank; each does its share of the units."""
+    places = [str(demo.root / "triplets"), str(demo.root / "shards")]
+    command = [sys.executable, "-m", "data_tools.cli", "rollout", *places]
+    shares = [replace(config, part=part, parts=demo.ranks, threads=1) for part in range(demo.ranks)]
+    running = [subprocess.Popen([*command, *_words(share)], stdin=subprocess.DEVNULL) for share in shares]
+    codes = [process.wait() for process in running]
+    if any(codes):
+        raise TrainingError("the roll-out failed", where=str(demo.root / "shards"), fix="see above; `v4e demo` goes on")
+
+
+def _words(config: object) -> list[str]:
+    """A config as ``key=value`` words; JSON is YAML."""
+    return [f"{key}={json.dumps(value)}" for key, value in settings_of.to_dict(config).items()]
+
+
+def check_shards(demo: DemoConfig) -> str:
+    """Read every byte again; a fault ends the demo."""
+    codec = WanCodec.load(demo.teacher)
+    found = verify.verify(demo.root / "shards", codec=codec, watch=partial(progress, title="verify"))
+    if found.problems:
+        raise TrainingError("; ".join(found.lines()), where=str(demo.root / "shards"), fix="delete it and run again")
+    return next(iter(found.lines()))
+
+
+def distill(demo: DemoConfig) -> str:
+    """Video4Edit under ZeRO-3."""
+    words = [f"teacher={demo.teacher}", f"student={demo.i2v}"]
+    return train(demo, demo.recipe, demo.root / "train", demo.student_steps, words)
+
+
+def export_student(demo: DemoConfig) -> str:
+    """The run as a diffusers folder."""
+    return export(demo.root / "train", demo.root / "student")
+
+
+def train_sft(demo: DemoConfig, name: str, ratio: float) -> str:
+    """Plain flow matching on the same triplets from the same weights, and its export."""
+    place, steps = demo.root / "baselines" / name, round(demo.student_steps * ratio)
+    headline = train(demo, demo.baseline, place / "train", steps, [f"init={demo.i2v}"])
+    export(place / "train", place / "model")
+    return headline
+
+
+def evaluate(demo: DemoConfig) -> str:
+    """Every method on the held-out edits."""
+    results = run.evaluate(cases(demo), methods(demo), judge, demo.root / "edits", demo.batch, demo.ranks)
+    return f"{len(results)} edits of {len({r.id for r in results})} held-out pictures"
+
+
+def write_report(demo: DemoConfig) -> str:
+    """report.json, report.md and sheet.png."""
+    made = _report(demo)
+    draw_sheet(demo)
+    report.write(made, demo.root)
+    return f"{sum(o.passed for o in made.outcomes)} of {len(made.outcomes)} bars pass"
+
+
+STAGES = (
+    Stage("triplets", make_triplets),
+    Stage("evolve", write_evolutions),
+    Stage("rollout", roll_out),
+    Stage("verify", check_shards),
+    Stage("distill", distill),
+    Stage("export", export_student),
+    Stage("sft_equal_steps", lambda demo: train_sft(demo, "sft_equal_steps", 1.0)),
+    Stage("sft_equal_compute", lambda demo: train_sft(demo, "sft_equal_compute", demo.compute_ratio)),
+    Stage("evaluate", evaluate),
+    Stage("report", write_report),
+)
+
+
+# ------------------------------------------------------------------------------------------------ training
+
+
+def train(demo: DemoConfig, config: str, output: Path, steps: int, words: Sequence[str]) -> str:
+    """One training under the deepspeed launcher; started again, it goes on from its last checkpoint.
+
+    ``words`` may also replace the demo's own shards and seed.
+    """
+    shards = [f"loop.data={demo.root / 'shards'}", f"loop.validation={demo.root / 'validation' / 'shards'}"]
+    own = [f"loop.output={output}", f"loop.steps={steps}", f"loop.seed={demo.seed}"]
+    command = [*launcher(demo.ranks), "train", config, *shards, *own, *words, *demo.train]
+    print(f"$ {' '.join(command)}", flush=True)
+    if code := subprocess.run(command, check=False, stdin=subprocess.DEVNULL).returncode:
+        raise TrainingError(
+            f"the training ended with exit code {code}", where=str(output), fix="see above; the same command goes on"
+        )
+    return f"{steps} steps on {demo.ranks} ranks"
+
+
+def launcher(ranks: int) -> list[str]:
+    """A local deepspeed launch of the door; the rank count is said because CPU sockets would be counted instead."""
+    deepspeed = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--num_gpus", str(ranks)]
+    local = ["--master_addr", "127.0.0.1", "--master_port", str(_free_port()), "--no_local_rank"]
+    return [*deepspeed, *local, "--module", "v4e.cli"]
+
+
+def export(training: Path, output: Path) -> str:
+    """A finished training as a diffusers folder."""
+    from v4e.export import export_run
+
+    export_run(training, output)
+    return str(output)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _loop_of(path: str) -> settings_of.Loop:
+    from v4e.recipes import pick
+
+    return settings_of.load(path, [], pick).loop
+
+
+# ---------------------------------------------------------------------------------------------- evaluation
+
+
+def cases(demo: DemoConfig) -> list[Case]:
+    """Held-out edits, the same number of every task; photographs and combinations that no training saw."""
+    numbers = range(demo.per_task)
+    return [_case(_draw(_seed_of(demo, "test"), t, n, demo.size), demo) for t in world.TASKS for n in numbers]
+
+
+def methods(demo: DemoConfig) -> list[Method]:
+    """The rows of the report."""
+    students = {
+        "init": demo.i2v,
+        "sft_equal_steps": demo.root / "baselines" / "sft_equal_steps" / "model",
+        "sft_equal_compute": demo.root / "baselines" / "sft_equal_compute" / "model",
+        "student": demo.root / "student",
+    }
+    rows = [Method("copy", run.copy_source), Method("vae", _through_vae(demo))]
+    rows.append(Method("teacher", _imagine(demo), (demo.teacher_steps,)))
+    seeds = tuple(range(demo.seeds))
+    rows += [Method(n, run.of_editor(editor(folder, demo)), demo.step_counts, seeds) for n, folder in students.items()]
+    return rows
+
+
+def editor(folder: Path, demo: DemoConfig) -> run.Edit:
+    """A student as the evaluator wants it; loaded when first used."""
+    load = cache(lambda: EditPipeline.from_pretrained(folder, attention=demo.rollout.attention))
+
+    def edit(images: Sequence[Clip], instructions: Sequence[str], seeds: Sequence[int], steps: int) -> list[Clip]:
+        return load().edit_batch(
+            images, instructions, seeds, steps=steps, batch=len(images), fold=demo.rollout.fold_text_padding
+        )
+
+    return edit
+
+
+def judge(case: Case, output: Clip) -> bool:
+    """The world's oracle: the edit is drawn again from its id."""
+    edit = _edit_of(case.id, case.task, case.source.size[0])
+    return world.judge(edit, output.frames_T3HW[-1].numpy()).success
+
+
+def _imagine(demo: DemoConfig) -> run.Make:
+    """The teacher between true source and true target, told the true pace."""
+    rolling = demo.rolling
+    load = cache(lambda: TeacherPipeline.from_pretrained(demo.teacher, attention=demo.rollout.attention))
+
+    def make(cases: Sequence[Case], seeds: Sequence[int], steps: int) -> list[Clip]:
+        captions = [_edit_of(c.id, c.task, demo.size).evolution for c in cases]
+        return load()(
+            [c.source for c in cases],
+            [c.target for c in cases],
+            captions,
+            seeds=seeds,
+            frames=rolling.teacher_frames,
+            steps=steps,
+            guidance=rolling.guide,
+            fold=rolling.fold_text_padding,
+        )
+
+    return make
+
+
+def _through_vae(demo: DemoConfig) -> run.Make:
+    """The true clip encoded and decoded: what no model in this latent space can beat."""
+    load = cache(lambda: WanCodec.load(demo.teacher))
+
+    def make(cases: Sequence[Case], seeds: Sequence[int], steps: int) -> list[Clip]:
+        clips = [Clip.join([c.source, *([c.middle] if c.middle else []), c.target]) for c in cases]
+        return load().decode(load().encode(clips))
+
+    return make
+
+
+def _case(edit: world.Edit, demo: DemoConfig) -> Case:
+    frames = torch.from_numpy(edit.clip(demo.rolling.teacher_frames))
+    return Case(
+        id=edit.key,
+        task=edit.task,
+        instruction=edit.instruction,
+        source=_clip(edit.source),
+        target=_clip(edit.target),
+        mask_HW=torch.from_numpy(edit.mask),
+        groups=("local",) if edit.task in LOCAL else ("style",) if edit.task in world.STYLES else (),
+        middle=Clip(frames[1:-1].contiguous()),
+    )
+
+
+def _clip(picture: np.ndarray) -> Clip:
+    return Clip(torch.from_numpy(np.ascontiguousarray(picture))[None])
+
+
+def _draw(seed: int, task: str, number: int, size: int) -> world.Edit:
+    """The number-th held-out edit of a task; its key holds seed and index, so that it can be drawn again."""
+    return world.draw(seed, 1000 * world.TASKS.index(task) + number, "heldout", size=size, task=task)
+
+
+@cache
+def _edit_of(key: str, task: str, size: int) -> world.Edit:
+    """The edit that :func:`_draw` gave this key."""
+    _, seed, index = key.split("-")
+    return world.draw(int(seed), int(index), "heldout", size=size, task=task)
+
+
+def _seed_of(demo: DemoConfig, purpose: str) -> int:
+    """Seeds of the world: training, contact sheets and test never share an edit."""
+    return 10 * demo.seed + ("triplets", "validation", "test").index(purpose)
+
+
+# -------------------------------------------------------------------------------------------------- report
+
+
+def bars(steps: int) -> list[Bar]:
+    """The quality that the project asks of the student at few steps, and of teacher and VAE."""
+    gains = {"recolour": 8.0, "add": 5.0, "remove": 4.5, "replace": 2.5, "move": 2.5, "background": 5.0, "sketch": 6.0}
+    gains |= {style: 8.0 for style in world.STYLES if style != "sketch"}
+    shares = {
+        "recolour": 0.85,
+        "add": 0.85,
+        "remove": 0.85,
+        "style": 0.85,
+        "replace": 0.6,
+        "move": 0.6,
+        "background": 0.6,
+    }
+    student = partial(Key, "student", steps)
+    rivals = [Key(name, steps) for name in ("init", "sft_equal_steps", "sft_equal_compute")]
+    return [
+        *(Bar("edit_psnr", student(task), low=gain, over=Key("copy", 0, task)) for task, gain in gains.items()),
+        Bar("keep_psnr", student("local"), low=26.0),
+        *(Bar("success", student(task), low=share) for task, share in shares.items()),
+        Bar("sharpness", student(), low=0.8, high=1.2),
+        *(Bar(m, student(), over=rival, beyond_spread=True) for rival in rivals for m in ("edit_psnr", "success")),
+        Bar("psnr", Key("vae", 0), low=28.0),
+    ]
+
+
+def teacher_bars(steps: int) -> list[Bar]:
+    """Last and middle frames: within 1 dB of the VAE's own, and 25 dB at least."""
+    teacher, vae = Key("teacher", steps), Key("vae", 0)
+    metrics: tuple[report.Metric, ...] = ("psnr", "middle_psnr")
+    return [*(Bar(m, teacher, low=-1.0, over=vae) for m in metrics), *(Bar(m, teacher, low=25.0) for m in metrics)]
+
+
+def draw_sheet(demo: DemoConfig) -> None:
+    """The first held-out edit of every task, seed 0: not chosen."""
+    table = {(r.id, r.method, r.steps, r.seed): r for r in run.read_results(demo.root / "edits")}
+    many = max(demo.step_counts)
+    columns = [
+        sheet.Column("source"),
+        sheet.Column("instruction", text_width=150),
+        sheet.Column("the teacher's evolution", scale=2),
+        sheet.Column(f"student, {demo.headline} steps"),
+        sheet.Column(f"student, {many} steps"),
+        sheet.Column("target"),
+    ]
+    rows = []
+    for task in world.TASKS:
+        key = _draw(_seed_of(demo, "test"), task, 0, demo.size).key
+        teacher, few, long = (
+            table[key, name, n, 0]
+            for name, n in (("teacher", demo.teacher_steps), ("student", demo.headline), ("student", many))
+        )
+        rows.append(_sheet_row(demo.root / "edits", teacher, few, long))
+    sheet.save(demo.root / "sheet.png", "Held-out photographs, the first edit of every task", columns, rows)
+
+
+def _sheet_row(edits: Path, teacher: Result, few: Result, many: Result) -> sheet.SheetRow:
+    case = run.case_of(teacher, edits)
+    clip = run.clip_of(teacher, edits)
+    chosen = [round(i * (len(clip) - 1) / (SHEET_FRAMES - 1)) for i in range(SHEET_FRAMES)]
+    outputs = [run.output_of(result, edits) for result in (few, many)]
+    evolution = Clip(clip.frames_T3HW[chosen])
+    return sheet.SheetRow((case.source, f"{case.task}:\n{case.instruction}", evolution, *outputs, case.target))
+
+
+def _report(demo: DemoConfig) -> Report:
+    rows = run.aggregate(run.read_results(demo.root / "edits"))
+    outcomes = report.hold([*bars(demo.headline), *teacher_bars(demo.teacher_steps)], rows)
+    seconds = {stage.name: read_done(m).seconds for stage in STAGES if (m := _marker(demo, stage)).is_file()}
+    return Report(tuple(rows), world.TASKS, outcomes, demo.headline, seconds, _notes(demo, seconds), ("sheet.png",))
+
+
+def _notes(demo: DemoConfig, seconds: dict[str, float]) -> tuple[str, ...]:
+    charged, paid = seconds["rollout"] + seconds["distill"], seconds["sft_equal_compute"]
+    return (
+        f"{demo.triplets} training triplets; {demo.per_task} held-out edits of each of {len(world.TASKS)} tasks, "
+        f"on photographs and combinations of colour, shape and task that no training saw.",
+        f"`sft_equal_compute` trains {demo.compute_ratio:g} times as many steps as the student: {paid:.0f} s against "
+        f"{charged:.0f} s for roll-out and distillation.",
+    )
