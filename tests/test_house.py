@@ -189,7 +189,8 @@ def test_every_path_named_in_the_docs_exists(path):
 
 def commands(text: str) -> list[str]:
     """Lines of fenced blocks and COMMAND comments that call v4e; continued lines are joined."""
-    fenced = "\n".join(re.findall(r"^```(?:bash|sh|console)?\n(.*?)^```", text, re.M | re.S))
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", text, re.M | re.S)
+    fenced = "\n".join(body for language, body in blocks if language in ("", "bash", "sh", "console"))
     announced = "\n".join(re.findall(r"^# COMMAND: (.*)", text, re.M))
     lines = f"{fenced}\n{announced}".replace("\\\n", " ").splitlines()
     return [line.strip().removeprefix("$ ") for line in lines]
