@@ -191,5 +191,6 @@ def _refuse_unknown(cls: type, values: object, where: str, prefix: str = "") -> 
             near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)
             hint = f"did you mean {prefix}{near[0]}?" if near else ""
             raise ConfigError(f"unknown key {prefix}{key}", where=where, fix=hint)
-        if isinstance(known[key], type) and dataclasses.is_dataclass(known[key]):
-            _refuse_unknown(known[key], value, where, f"{prefix}{key}.")
+        kind = known[key]
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            _refuse_unknown(kind, value, where, f"{prefix}{key}.")
