@@ -12,7 +12,7 @@ it stopped, inside a training too.
 """
 
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import partial
@@ -20,8 +20,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Literal
 
+import torch
+
 from data_tools import demo, world
 from data_tools.demo import DemoConfig
+from data_tools.ingest import read_triplets
 from data_tools.rollout import TYPES
 from v4e import config as settings_of
 from v4e.data.disk import agree, to_json, writable, write_atomically
@@ -184,6 +187,7 @@ class Measured:
 def main(path: str | None, overrides: Sequence[str]) -> int:
     """Run the ablation; what is done already is not done again."""
     config = settings_of.load(path, overrides, lambda _: AblateConfig, recipe="ablate")
+    torch.set_num_threads(1)  # parallelism is processes; small tensors lose by threads
     walk(config)
     print(f"\n{terms_table(read(config))}\n\nreport    {config.root / 'report.md'}")
     return 0
@@ -270,24 +274,24 @@ def _make_data(config: AblateConfig) -> None:
 
 def _begin(config: AblateConfig, triplets: int) -> str:
     """The beginning of the pool as a set of its own: the same bytes, so that only the number differs."""
-    take(config.shards(config.pool.triplets), config.shards(triplets), triplets, config.road.rollout.stored)
+    keys = [triplet.id for triplet in read_triplets(config.pool.root / "triplets")[:triplets]]
+    take(config.shards(config.pool.triplets), config.shards(triplets), keys, TYPES[config.road.rollout.stored])
     return f"{triplets} of {config.pool.triplets}"
 
 
-def take(whole: Path, out: Path, count: int, stored: Literal["fp32", "bf16"] = "bf16") -> None:
-    """Write the first ``count`` samples of a set as a set."""
+def take(whole: Path, out: Path, keys: Sequence[str], dtype: torch.dtype = torch.bfloat16) -> None:
+    """Write these samples of a set as a set of their own, in this order: several processes wrote the whole one."""
     source = ShardSet.open(whole)
-    meta = replace(source.meta, settings={**source.meta.settings, "first": count})
-    with ShardWriter(out, meta, samples_per_shard=64, dtype=TYPES[stored]) as writer:
-        for i in progress(range(count), f"first {count}"):
-            if source.keys[i] not in writer.done:
-                writer.add(source.sample(i, pictures=True))
+    meta = replace(source.meta, settings={**source.meta.settings, "taken": len(keys)})
+    with ShardWriter(out, meta, samples_per_shard=64, dtype=dtype) as writer:
+        for key in progress([k for k in keys if k not in writer.done], f"take {len(keys)}"):
+            writer.add(source.sample(source.keys.index(key), pictures=True))
 
 
 # ----------------------------------------------------------------------------------------------------- runs
 
 
-def _once(config: AblateConfig, stage: str, title: str, work) -> None:
+def _once(config: AblateConfig, stage: str, title: str, work: Callable[[], str]) -> None:
     demo.once(_marker(config, stage), title, work)
 
 
@@ -331,7 +335,8 @@ def _method(name: str, make: evaluator.Make, config: AblateConfig) -> Method:
 
 
 def _measure(config: AblateConfig, methods: Sequence[Method], folder: Path) -> list[Result]:
-    return evaluator.evaluate(demo.cases(config.pool), methods, demo.judge, folder, config.road.batch)
+    road = config.road
+    return evaluator.evaluate(demo.cases(config.pool), methods, demo.judge, folder, road.batch, road.ranks)
 
 
 # --------------------------------------------------------------------------------------------------- report

@@ -12,6 +12,7 @@ from PIL import Image
 
 from data_tools import ablate, demo, world
 from data_tools.ablate import AblateConfig, Run, Trained
+from data_tools.ingest import Triplet
 from v4e import cli
 from v4e import config as settings_of
 from v4e.data.disk import to_json
@@ -189,17 +190,18 @@ def sample(n: int) -> Sample:
     return Sample(f"s{n}", f"make it {n}", "it grows", picture, picture, encoded, None, "add")
 
 
-def test_a_smaller_set_is_the_beginning_of_the_larger_one(tmp_path):
+def test_a_smaller_set_holds_the_same_bytes(tmp_path):
     with ShardWriter(tmp_path / "all", SetMeta("encoded", Grid(5, 16, 16)), samples_per_shard=3) as writer:
         for n in range(7):
             writer.add(sample(n))
+    wanted = [6, 0, 2, 1]
     for _ in range(2):  # again is harmless
-        ablate.take(tmp_path / "all", tmp_path / "few", 4)
+        ablate.take(tmp_path / "all", tmp_path / "few", [f"s{n}" for n in wanted])
     whole, few = ShardSet.open(tmp_path / "all"), ShardSet.open(tmp_path / "few")
-    assert few.keys == whole.keys[:4]
-    assert few.meta.settings["first"] == 4
-    for i in range(4):
-        assert {k: few.raw(i, k) for k in few.kinds(i)} == {k: whole.raw(i, k) for k in whole.kinds(i)}
+    assert few.keys == [f"s{n}" for n in wanted]
+    assert few.meta.settings["taken"] == 4
+    for i, n in enumerate(wanted):
+        assert {k: few.raw(i, k) for k in few.kinds(i)} == {k: whole.raw(n, k) for k in whole.kinds(n)}
 
 
 # ------------------------------------------------------------------------------------- measuring and telling
@@ -326,7 +328,10 @@ class Stub:
         monkeypatch.setattr(demo, "check_bundle", lambda road: None)
         monkeypatch.setattr(demo, "train", self._train)
         monkeypatch.setattr(demo, "export", lambda run, out: (out.mkdir(parents=True), str(out))[1])
-        monkeypatch.setattr(ablate, "take", lambda *a: self._note(f"take {a[2]}"))
+        monkeypatch.setattr(
+            ablate, "read_triplets", lambda folder: [Triplet(str(n), "", folder, folder) for n in range(9)]
+        )
+        monkeypatch.setattr(ablate, "take", lambda *a: self._note(f"take {' '.join(a[2])} to {a[1].name}"))
         monkeypatch.setattr(evaluator, "evaluate", self._evaluate)
 
     def _note(self, what: str) -> str:
@@ -346,7 +351,7 @@ class Stub:
         (output / "checkpoints").mkdir(parents=True, exist_ok=True)
         return self._note(f"train {output.parent.name} {steps}")
 
-    def _evaluate(self, cases, methods, judge, folder, batch) -> list[Result]:
+    def _evaluate(self, cases, methods, judge, folder, batch, processes) -> list[Result]:
         self._note(f"evaluate {folder.parent.name}")
         made = [r for m in methods for r in results(m.name, *[(0.5, 20.0)] * len(m.seeds))]
         folder.mkdir(parents=True, exist_ok=True)
@@ -370,7 +375,7 @@ def test_a_walk_makes_data_once_and_goes_on_where_it_stopped(tmp_path, stub):
     with pytest.raises(KeyboardInterrupt):
         ablate.walk(tiny(tmp_path))
     data = [f"{name} 8" for name in ("make_triplets", "write_evolutions", "roll_out", "check_shards")]
-    first = [*data, "take 4", f"evaluate {tiny(tmp_path).root.name}"]
+    first = [*data, "take 0 1 2 3 to shards-4", f"evaluate {tiny(tmp_path).root.name}"]
     assert stub.log == [*first, "train full.seed-0 7", "evaluate full.seed-0", "train fresh_sft_8.seed-0 7"]
     assert "| full " in (tiny(tmp_path).root / "report.md").read_text()
     stub.log, stub.fail = [], ""
