@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 from toy_training import Duo, Net, Toy, ToyStream, made, plain, tensors, toy
@@ -98,6 +99,16 @@ def test_a_turn_improves_its_player_alone(tmp_path, stage):
             torch.testing.assert_close(found[name], p.detach(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_forward_in_fp32_is_plain_pytorch_to_the_bit(tmp_path, stage):
+    recipe = toy(tmp_path, f"zero_stage={stage}", "loop.precision=fp32")
+    players = cast(recipe.players(), recipe.loop, dist.start(1))
+    x, sigma = torch.randn(3, 6, 4), torch.rand(3)
+    for ours, seed in (("student", 1), ("teacher", 2)):
+        for found, wanted in zip(players[ours](x, sigma, None, (1,)), made(seed)(x, sigma, None, (1,)), strict=True):
+            assert torch.equal(found, wanted)
+
+
 def test_accumulation_is_one_batch(tmp_path):
     whole = toy(tmp_path / "a", *SMALL, "loop.micro_batch=4", "zero_stage=1")
     parts = toy(tmp_path / "b", *SMALL, "loop.micro_batch=1", "zero_stage=1")
@@ -109,12 +120,16 @@ def test_accumulation_is_one_batch(tmp_path):
         accumulation(Loop(batch=6, micro_batch=2), world=2)
 
 
-def test_averages_move_towards_the_weights(tmp_path):
-    recipe = toy(tmp_path, *SMALL, "loop.ema=0.5", "loop.steps=1", "zero_stage=3")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_averages_move_towards_the_weights(tmp_path, stage, precision):
+    words = (f"zero_stage={stage}", f"loop.precision={precision}")
+    recipe = toy(tmp_path, *SMALL, "loop.ema=0.5", "loop.steps=1", *words)
     train(recipe)
     decay = min(0.5, 2 / 11)  # quicker while young
     for name, start in made(1).named_parameters():
-        wanted = decay * start.detach() + (1 - decay) * weights(recipe)[name]
+        begun = start.detach() if precision == "fp32" else start.detach().bfloat16().float()
+        wanted = decay * begun + (1 - decay) * weights(recipe)[name]
         torch.testing.assert_close(weights(recipe, "average")[name], wanted)
 
 
@@ -368,6 +383,19 @@ def test_the_launcher_script_says_what_it_would_run():
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert "--num_gpus 2" in said
     assert said.split()[-4:] == ["v4e.cli", "train", "a.yaml", "x=1"]
+
+
+def test_sheets_are_drawn_when_due(tmp_path):
+    recipe = toy(tmp_path, *SMALL, "loop.sheet_every=2", "zero_stage=3")
+
+    def sheet(step, players):
+        v = players["student"](torch.zeros(1, 6, 4), torch.zeros(1), None)[0]
+        assert not v.requires_grad
+        return Image.new("RGB", (step, 1))
+
+    train_recipe(recipe, lambda rank, world: ToyStream(recipe.loop, rank, world), sheet)
+    drawn = {p.name: Image.open(p).width for p in (tmp_path / "sheets").iterdir()}
+    assert drawn == {"sheet_0000002.png": 2, "sheet_0000003.png": 3}
 
 
 def test_flat():

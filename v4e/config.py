@@ -57,7 +57,7 @@ class Loop:
         checkpointing: recompute activations block by block.
         save_every, sheet_every, log_every: in steps; 0 for only at the end.
         keep_last: checkpoints kept.
-        max_bad_samples: quarantined samples at which the run stops.
+        max_bad_samples: quarantined samples that are put up with; one more stops the run.
         max_bad_steps: steps with non-finite gradients in a row at which the run stops.
         threads: CPU threads per rank; 0 shares the cores among the ranks.
         cache_bytes: of samples kept in each rank's memory.

@@ -197,5 +197,7 @@ def _flush(path: Path) -> None:
 
 
 def _prune(folder: Path, keep: int) -> None:
+    for torn in folder.glob(".*.partial"):  # of a process that was killed while writing
+        shutil.rmtree(torn, ignore_errors=True)
     for old in sorted(_listed(folder))[: -max(1, keep)]:
         shutil.rmtree(old, ignore_errors=True)

@@ -229,7 +229,7 @@ def _prepare(ranks: Ranks) -> None:
     if ranks.device.type == "cpu":
         # Nothing of DeepSpeed's is to be compiled: gloo does without its shared-memory all-reduce, and even asking
         # what could be compiled starts compilers.
-        vars(deepspeed.ops)["__compatible_ops__"] = {}
+        deepspeed.ops.__dict__["__compatible_ops__"] = {}
         torch.compiler.set_stance("force_eager")  # its Muon is torch.compiled, a minute per shape on a CPU
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, dist_backend=_backend(ranks))
 

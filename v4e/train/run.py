@@ -185,13 +185,14 @@ def open_run(recipe: Recipe, make_stream: MakeStream, sheet: Sheet | None, resum
     state = checkpoint.read_state(start) if start else checkpoint.State(0, ranks.world, flat(recipe))
     if start:
         checkpoint.agree(state, flat(recipe), ranks, start)
+    stream = make_stream(ranks.rank, ranks.world)  # before the networks: it fails sooner
     players = cast(recipe.players(), loop, ranks)
     averages = {n: [t.detach().clone() for t in r.masters()] if loop.ema else [] for n, r in players.trained.items()}
     if start:
         checkpoint.load(start, players, averages, ranks)
     journal = _journal(recipe, state.step if start else None, ranks, players, [*complaints, *_greeting(start, state)])
     progress = Progress(state.step, state.skipped, state.skipped_in_a_row)
-    return Run(recipe, players, averages, make_stream(ranks.rank, ranks.world), journal, progress, ranks, sheet)
+    return Run(recipe, players, averages, stream, journal, progress, ranks, sheet)
 
 
 def flat(config: object) -> dict[str, str]:
