@@ -32,6 +32,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from data_tools import world
+from data_tools.demo import launcher
 from data_tools.rollout import TOOL, Evolving, pack_clips
 from v4e.errors import DataError
 from v4e.export import export_run
@@ -552,7 +553,7 @@ def pack(work: Path, seed: int, name: str, part: int = 0, parts: int = 1) -> Non
             grid,
             ends=ends,
             settings={"world": seed},
-            origin=Origin("procedural clips over scikit-image and scikit-learn photographs", "CC0/BSD", "", seed, TOOL),
+            origin=Origin("procedural clips over scikit-image and scikit-learn photographs", "see docs/world.md", "", seed, TOOL),
             total=CLIPS[name],
             part=part,
             parts=parts,
@@ -567,11 +568,7 @@ def train_dit(work: Path, name: str, ranks: int) -> None:
     config = {"teacher": "pretrain_flf2v", "i2v": "pretrain_i2v"}[name]
     start = work / ("arch/teacher" if name == "teacher" else "models/teacher")
     places = [f"init={start}", f"loop.data={work / f'shards-{name}'}", f"loop.output={work / name}"]
-    subprocess.run(
-        ["bash", "launch/one_node.sh", "-n", str(ranks), f"configs/nano/{config}.yaml", *places],
-        check=True,
-        env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
-    )
+    subprocess.run([*launcher(ranks), "train", f"configs/nano/{config}.yaml", *places], check=True)
     export_run(work / name, work / "models" / name, base=str(work / "arch" / name))
 
 
