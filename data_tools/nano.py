@@ -28,7 +28,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from data_tools import world
@@ -553,7 +553,7 @@ def pack(work: Path, seed: int, name: str, part: int = 0, parts: int = 1) -> Non
             grid,
             ends=ends,
             settings={"world": seed},
-            origin=Origin("procedural clips over scikit-image and scikit-learn photographs", "see docs/world.md", "", seed, TOOL),
+            origin=Origin("procedural clips over photographs, docs/world.md", "see there", "", seed, TOOL),
             total=CLIPS[name],
             part=part,
             parts=parts,
@@ -584,10 +584,15 @@ def pack_in_parallel(work: Path, seed: int, name: str, processes: int) -> None:
 
 
 def bundle(work: Path, out: Path) -> None:
-    """Copy both models to where the package ships them."""
+    """Copy both models to where the package ships them, every weight in bf16.
+
+    The encoders' configs keep saying fp32, so that stock libraries compute in it.
+    """
     for name in ("teacher", "i2v"):
         shutil.rmtree(out / name, ignore_errors=True)
         shutil.copytree(work / "models" / name, out / name)
+        for file in (out / name).glob("*/*.safetensors"):
+            save_file({k: v.bfloat16() for k, v in load_file(file).items()}, file, {"format": "pt"})
 
 
 CARD_TEXT = """---
