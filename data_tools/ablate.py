@@ -25,7 +25,7 @@ import torch
 from data_tools import demo, world
 from data_tools.demo import DemoConfig
 from data_tools.ingest import read_triplets
-from data_tools.rollout import TYPES
+from data_tools.rollout import TYPES, content_hash
 from v4e import config as settings_of
 from v4e.data.disk import agree, to_json, writable, write_atomically
 from v4e.data.shards import ShardSet, ShardWriter
@@ -35,10 +35,12 @@ from v4e.eval import run as evaluator
 from v4e.eval.report import Metric, Report
 from v4e.eval.run import OVERALL, Method, Result, Row
 from v4e.journal import progress
+from v4e.recipes import pick
 
 Objective = Literal["distilled", "sft"]
 Start = Literal["prior", "fresh"]
 COPY, INIT = "copy", "init"
+ABOUT = {name: text for name, text in report.ABOUT.items() if name not in ("middle_psnr", "spread")}
 TITLES = {"distilled": "distilled", "sft": "plain flow matching", "prior": "video-pretrained", "fresh": "fresh weights"}
 
 # Without one of `velocity` and `trajectory`, the other must carry the whole run: weight that is handed over to a term
@@ -53,9 +55,9 @@ TERMS: dict[str, tuple[str, ...]] = {
     "no_edit_boost": ("edit_boost=0",),
     "no_flow_share": ("flow_share=0",),
 }
-# Plain flow matching as its config has it, and with the region weight of configs/nano/video4edit.yaml: what of the
-# difference to the full objective is that weight's?
-BASELINES: dict[str, tuple[str, ...]] = {"sft": (), "sft_edit_boost": ("edit_boost=4",)}
+BASELINES = ("sft", "sft_edit_boost")
+# The journal's jsonl stays; contact sheets and W&B would cost a tenth of a run's time, and edits/ holds every picture.
+QUIET = ('loop.validation=""', "loop.wandb.mode=disabled")
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class AblateConfig:
         table: number of triplets of the table's runs.
         train_seeds: every run is trained once with each; they may be added to later.
         fresh_ratio: runs from fresh weights train for this many times the steps.
-        keep_models: keep every exported model, and not its pictures and weights only.
+        keep_models: keep every exported model, and not its journal and pictures only.
         road: the demo's settings, for all that a run shares with it: models, training configs and steps, sizes,
             ranks, held-out edits, sampling seeds. Its folder and number of triplets follow from those above.
     """
@@ -78,7 +80,7 @@ class AblateConfig:
     runs: str = "*"
     counts: tuple[int, ...] = (16, 64, 256, 1024)
     table: int = 256
-    train_seeds: tuple[int, ...] = (0, 1)
+    train_seeds: tuple[int, ...] = (0, 1, 2)
     fresh_ratio: float = 1.0
     keep_models: bool = False
     road: DemoConfig = field(default_factory=lambda: DemoConfig(per_task=12))
@@ -155,7 +157,7 @@ class Trained:
         models = models if self.run.objective == "distilled" else [f"init={road.i2v}"]
         fresh = ["fresh=true"] if self.run.start == "fresh" else []
         place = f"loop.data={self.config.shards(self.run.triplets)}"
-        return [*models, *fresh, *self.run.words, place, f"loop.seed={self.seed}"]
+        return [*models, *fresh, *self.run.words, place, f"loop.seed={self.seed}", *QUIET]
 
     def marker(self, stage: str) -> Path:
         return _marker(self.config, f"{self.name}.{stage}")
@@ -221,12 +223,17 @@ def walk(config: AblateConfig) -> None:
 def plan(config: AblateConfig) -> tuple[Run, ...]:
     """Every run: the table's, then the curve's. Runs that are the same training are one, with two names."""
     table = [Run(name, "distilled", config.table, words=words) for name, words in TERMS.items()]
-    table += [Run(name, "sft", config.table, words=words) for name, words in BASELINES.items()]
+    table += [Run("sft", "sft", config.table), Run("sft_edit_boost", "sft", config.table, words=_region_weight(config))]
     known: dict[Run, Run] = {}
     for run in [*table, *curve(config)]:
         training = replace(run, name="")
         known[training] = replace(known[training], alias=run.name) if training in known else run
     return tuple(known.values())
+
+
+def _region_weight(config: AblateConfig) -> tuple[str, ...]:
+    """The distillation's, for plain flow matching: what of the difference between the two is that weight's?"""
+    return (f"edit_boost={_recipe(config.road.recipe)['edit_boost']}",)
 
 
 def curve(config: AblateConfig) -> Iterator[Run]:
@@ -257,8 +264,14 @@ def _fits(run: Run, pattern: str) -> bool:
 
 
 def _lasting(config: AblateConfig) -> dict[str, object]:
-    """The settings that may not change from one call to the next."""
-    return {k: v for k, v in asdict(config).items() if k not in ("runs", "train_seeds", "keep_models")}
+    """What may not change from one call to the next: settings, training configs and models, by their content."""
+    settings = {k: v for k, v in asdict(config).items() if k not in ("runs", "train_seeds", "keep_models")}
+    recipes = {path: _recipe(path) for path in (config.road.recipe, config.road.baseline)}
+    return {**settings, **recipes, "models": [content_hash(str(p)) for p in (config.road.teacher, config.road.i2v)]}
+
+
+def _recipe(path: str) -> dict[str, object]:
+    return settings_of.to_dict(settings_of.load(path, [], pick))
 
 
 # ----------------------------------------------------------------------------------------------------- data
@@ -315,12 +328,11 @@ def _export(trained: Trained) -> str:
 
 
 def _evaluate(trained: Trained) -> str:
-    """Measure, then drop what is large and has served: some hundred runs would fill a disk with checkpoints."""
+    """Measure, then drop what is large and has served: so many runs would fill a disk."""
     make = evaluator.of_editor(demo.editor(trained.home / "model", trained.config.pool))
     results = _measure(trained.config, [_method(trained.run.name, make, trained.config)], trained.home / "edits")
-    shutil.rmtree(trained.home / "train" / "checkpoints", ignore_errors=True)
-    if not trained.config.keep_models:
-        shutil.rmtree(trained.home / "model", ignore_errors=True)
+    for folder in ("train/checkpoints", "train/weights", *([] if trained.config.keep_models else ["model"])):
+        shutil.rmtree(trained.home / folder, ignore_errors=True)
     return f"{len(results)} edits"
 
 
@@ -389,14 +401,15 @@ def to_dict(config: AblateConfig, found: Sequence[Measured]) -> dict[str, object
     """``runs`` -> name -> what it is, and its figures as in the demo's report.json; ``missing``: not yet done."""
     rows = tuple(replace(row, method=m.run.name) for m in found for row in m.rows)
     figures = report.to_dict(Report(rows, world.TASKS, headline=config.road.headline, notes=notes(config)))
-    said = {m.run.name: asdict(m.run) | {"seconds": m.seconds, "trainings": m.trainings} for m in found}
+    trained = [m for m in found if m.trainings]
+    said = {m.run.name: asdict(m.run) | {"seconds": m.seconds, "trainings": m.trainings} for m in trained}
     missing = [run.name for run in plan(config) if run.name not in said]
-    return {**figures, "runs": said, "missing": missing, "settings": asdict(config)}
+    return {**figures, "about": ABOUT, "runs": said, "missing": missing, "settings": asdict(config)}
 
 
 def to_markdown(config: AblateConfig, found: Sequence[Measured]) -> str:
     """The report for people."""
-    about = "\n".join(f"- {name}: {text}" for name, text in report.ABOUT.items() if name != "middle_psnr")
+    about = "\n".join(f"- {name}: {text}" for name, text in ABOUT.items())
     parts = [
         "# Ablation",
         *notes(config),
@@ -413,14 +426,14 @@ def to_markdown(config: AblateConfig, found: Sequence[Measured]) -> str:
 def notes(config: AblateConfig) -> tuple[str, ...]:
     """Sentences for the reader."""
     trainings, road = len(config.train_seeds), config.road
-    spread = f"the {trainings} trainings'" if trainings > 1 else f"the {road.seeds} sampling seeds', of one training,"
+    longer = f", {config.fresh_ratio:g} times as many from fresh weights" if config.fresh_ratio != 1 else ""
+    several = f"the {trainings} trainings of each run, or of those of them that are done"
+    once = f"the {road.seeds} sampling seeds; each run was trained once, so a difference may be a training's luck"
     return (
-        f"Every run: {road.student_steps} steps on {road.ranks} ranks"
-        + (f", {config.fresh_ratio:g} times as many from fresh weights" if config.fresh_ratio != 1 else "")
-        + f"; {road.per_task} held-out edits of each of {len(world.TASKS)} tasks, {road.seeds} sampling seeds, "
-        f"{road.headline} solver steps.",
-        f"± is the standard deviation (n - 1) of {spread} means; where a run's training seeds are not all done, of "
-        "those that are. A difference is called beyond the spread when it exceeds the sum of both runs' spreads.",
+        f"Every run: {road.student_steps} steps on {road.ranks} ranks{longer}; {road.per_task} held-out edits of each "
+        f"of {len(world.TASKS)} tasks, sampling seeds: {road.seeds}, solver steps: {road.headline}.",
+        f"± is the standard deviation (n - 1) of the means of {several if trainings > 1 else once}. `(within)`: the "
+        "difference does not exceed the sum of both runs' spreads.",
     )
 
 
@@ -450,11 +463,13 @@ def _of_table(found: Sequence[Measured]) -> list[Measured]:
 
 
 def difference(row: Row, other: Row | None) -> str:
-    """Success against another's, and whether it lies within the spreads of both."""
+    """Success against another's, and whether it lies within the spreads of both; without spreads nobody can tell."""
     if other is None or row.mean.success is None or other.mean.success is None:
         return ""
     value = row.mean.success - other.mean.success
-    margin = sum(r.spread.success or 0.0 for r in (row, other) if r.spread)
+    if row.spread is None or other.spread is None:
+        return f"{value:+.2f} (no spread)"
+    margin = (row.spread.success or 0.0) + (other.spread.success or 0.0)
     return f"{value:+.2f}" + ("" if abs(value) > margin else " (within)")
 
 

@@ -66,8 +66,11 @@ class Video4Edit:
         shift: the student's own; its few-step grids must be among the stored levels.
         few_steps: grids whose levels the ``trajectory`` term trains.
         flow_share: share of samples trained off the grid by flow matching.
+        level_bias: a stored level is drawn with probability proportional to its noise level to this power. Near noise
+            the model must decide the edit from source and instruction; further down the state already shows it.
         edit_boost: extra weight of places the roll-out changes (losses.region_weight).
-        blocks: (student block, teacher block) pairs that are matched.
+        student_blocks, teacher_blocks: pairs that are matched.
+        block_every: steps between two with the `block` term, which costs a forward of the teacher.
         terms: weights and their schedule.
     """
 
@@ -77,9 +80,11 @@ class Video4Edit:
     shift: float = 3.0
     few_steps: tuple[int, ...] = (1, 2, 4, 8)
     flow_share: float = 0.25
+    level_bias: float = 0.0
     edit_boost: float = 4.0
     student_blocks: tuple[int, ...] = ()
     teacher_blocks: tuple[int, ...] = ()
+    block_every: int = 1
     terms: Terms = field(default_factory=Terms)
     attention: wan.Attention = "auto"
     fold_text_padding: bool = False
@@ -106,10 +111,11 @@ class Video4Edit:
     def losses(self, players: Mapping[str, Backbone], batch: EditBatch, draw: Draw, turn: str, step: int) -> Losses:
         assert batch.rollout is not None  # collate(rollout=True) refuses samples without one
         point = self._point(batch, batch.rollout, draw)
-        taps = self.student_blocks if self._matches_blocks else ()
+        matches = self._matches_blocks and step % self.block_every == 0
+        taps = self.student_blocks if matches else ()
         v, *hidden = players[turn](point.x_BCthw, point.sigma_B, batch.conditions, taps)
         terms = self._terms(v, point, batch)
-        if self._matches_blocks:
+        if matches:
             terms["block"] = self._block_term(players["teacher"], hidden, point, batch, batch.rollout)
         return Losses(terms, self.weights_at(step))
 
@@ -167,7 +173,7 @@ class Video4Edit:
 
     def _point(self, batch: EditBatch, rollout: RolloutBatch, draw: Draw) -> Point:
         """A stored, anchored state for most samples; a freshly mixed one for ``flow_share`` of them."""
-        kept_B = draw.integers("kept", rollout.sigma_BK.shape[1])
+        kept_B = draw_levels(draw.uniform("kept"), rollout.sigma_BK, self.level_bias)
         stored = anchored(batch, rollout, kept_B)
         mixed = self._mixed(batch, draw)
         use_flow_B = draw.uniform("flow") < self.flow_share
@@ -224,6 +230,13 @@ def anchored(batch: EditBatch, rollout: RolloutBatch, kept_B: Tensor) -> Point:
     offset[:, :, -1] = batch.tail_BChw - rollout.end_BCthw[:, :, -1]
     x, v = flow.anchor(rollout.x_BKCthw[rows, kept_B], rollout.v_BKCthw[rows, kept_B], sigma_B, offset)
     return Point(x, sigma_B, v, rollout.end_BCthw + offset, kept_B)
+
+
+def draw_levels(uniform_B: Tensor, sigma_BK: Tensor, bias: float) -> Tensor:
+    """Index of a stored level [B], drawn with probability proportional to sigma ** bias from uniform numbers."""
+    odds_BK = sigma_BK**bias
+    share_BK = odds_BK.cumsum(1) / odds_BK.sum(1, keepdim=True)
+    return (uniform_B[:, None] >= share_BK[:, :-1]).sum(1)
 
 
 def at_levels(sigma_B: Tensor, levels_K: Tensor) -> Tensor:
