@@ -1,6 +1,7 @@
 """The ablation asks what it says it asks, and its tables hold what was measured."""
 
 import json
+import re
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -75,6 +76,7 @@ def test_every_run_trains_its_recipe_on_its_triplets(run):
     made = recipe_of(run, seed=3)
     assert isinstance(made, Video4Edit if run.objective == "distilled" else FlowMatching)
     assert made.loop.seed == 3
+    assert made.loop.validation == ""
     assert made.fresh == (run.start == "fresh")
     assert Path(made.loop.data).name == ("shards" if run.triplets == 1024 else f"shards-{run.triplets}")
     assert made.loop.steps == settings_of.load("configs/nano/video4edit.yaml", [], pick).loop.steps
@@ -249,6 +251,7 @@ def test_a_difference_counts_beyond_the_sum_of_both_spreads():
     assert ablate.difference(one, row(1, 0)) == "+0.30 (within)"  # 0.5 ± 0.71
     assert ablate.difference(one, row(0, 0)) == "+0.80"
     assert ablate.difference(row(0, 0), one) == "-0.80"
+    assert ablate.difference(one, row(0)) == "+0.80 (no spread)"
     assert ablate.difference(one, None) == ""
 
 
@@ -309,6 +312,7 @@ def test_the_report_holds_what_is_done_and_names_what_is_missing(small):
     full = told["methods"]["full"]["4"]
     assert (full["overall"]["success"], full["overall"]["n"], full["overall"]["spread"]["edit_psnr"]) == (1, 22, 0)
     assert full["tasks"]["recolour"]["edit_psnr"] == 20
+    assert told["runs"].keys() == {"full", "minus_tail", "prior_distilled_4"}
     assert told["runs"]["full"]["alias"] == "prior_distilled_8"
     assert told["runs"]["minus_tail"]["words"] == ["terms.tail=0"]
     assert len(told["missing"]) == len(ablate.plan(small)) - 3
@@ -326,6 +330,7 @@ class Stub:
         for name in ("make_triplets", "write_evolutions", "roll_out", "check_shards"):
             monkeypatch.setattr(demo, name, self._stage(name))
         monkeypatch.setattr(demo, "check_bundle", lambda road: None)
+        monkeypatch.setattr(ablate, "content_hash", lambda model: "0" * 16)
         monkeypatch.setattr(demo, "train", self._train)
         monkeypatch.setattr(demo, "export", lambda run, out: (out.mkdir(parents=True), str(out))[1])
         monkeypatch.setattr(
@@ -348,7 +353,8 @@ class Stub:
         return work
 
     def _train(self, road, config, output, steps, words) -> str:
-        (output / "checkpoints").mkdir(parents=True, exist_ok=True)
+        for name in ("checkpoints", "weights"):
+            (output / name).mkdir(parents=True, exist_ok=True)
         return self._note(f"train {output.parent.name} {steps}")
 
     def _evaluate(self, cases, methods, judge, folder, batch, processes) -> list[Result]:
@@ -383,10 +389,11 @@ def test_a_walk_makes_data_once_and_goes_on_where_it_stopped(tmp_path, stub):
     assert stub.log == ["evaluate fresh_sft_8.seed-0"]
     home = tiny(tmp_path).root / "runs/full.seed-0"
     assert not (home / "train/checkpoints").exists()
+    assert not (home / "train/weights").exists()
     assert not (home / "model").exists()
 
 
-def test_seeds_and_runs_may_be_added_but_other_settings_may_not_change(tmp_path, stub):
+def test_seeds_and_runs_may_be_added_but_other_settings_may_not_change(tmp_path, stub, monkeypatch):
     ablate.walk(tiny(tmp_path, runs="full"))
     stub.log = []
     ablate.walk(tiny(tmp_path, runs="full,sft", train_seeds=(0, 1), keep_models=True))
@@ -396,8 +403,22 @@ def test_seeds_and_runs_may_be_added_but_other_settings_may_not_change(tmp_path,
     assert (tiny(tmp_path).root / "runs/sft.seed-1/model").exists()
     told = json.loads((tiny(tmp_path).root / "report.json").read_text())
     assert told["runs"]["full"]["trainings"] == 2
-    with pytest.raises(DataError, match="fresh_ratio was 1.0 and is now 2.0"):
+    with pytest.raises(DataError, match=r"fresh_ratio was 1.0 and is now 2.0"):
         ablate.walk(tiny(tmp_path, fresh_ratio=2.0))
+    monkeypatch.setattr(ablate, "content_hash", lambda model: "1" * 16)
+    with pytest.raises(DataError, match="models was"):
+        ablate.walk(tiny(tmp_path))
+
+
+def test_a_training_config_that_was_edited_meanwhile_is_named(tmp_path, stub):
+    recipe = tmp_path / "recipe.yaml"
+    text = Path("configs/nano/video4edit.yaml").read_text()
+    recipe.write_text(text)
+    road = demo.DemoConfig(per_task=1, steps=7, recipe=str(recipe))
+    ablate.walk(tiny(tmp_path, runs="sft", road=road))
+    recipe.write_text(re.sub(r"flow_share: .*", "flow_share: 0.99", text))
+    with pytest.raises(DataError, match=r"flow_share was .* and is now 0.99"):
+        ablate.walk(tiny(tmp_path, runs="sft", road=road))
 
 
 # ----------------------------------------------------------------------------------------------------- chart
