@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -152,7 +153,7 @@ class Stage:
 # ------------------------------------------------------------------------------------------------------ vae
 
 
-def new_vae() -> AutoencoderKLWan:
+def new_vae() -> Any:
     """4x in space (8x is too coarse for 64 pixels), 4x in time, 16 channels."""
     return AutoencoderKLWan(
         base_dim=16,
@@ -169,7 +170,7 @@ def new_vae() -> AutoencoderKLWan:
     )
 
 
-def raw_decode(vae: AutoencoderKLWan, z: Tensor) -> Tensor:
+def raw_decode(vae: Any, z: Tensor) -> Tensor:
     """``vae.decode`` without its final clamp, whose gradient is zero where it is most needed."""
     vae.clear_cache()
     x, frames = vae.post_quant_conv(z), []
@@ -227,7 +228,7 @@ def texture_energy(x: Tensor) -> Tensor:
     return (F.avg_pool2d(laplacian**2, 8, ceil_mode=True) + 1e-5).sqrt()
 
 
-def vae_loss(vae: AutoencoderKLWan, x: Tensor, noise_seed: int) -> Tensor:
+def vae_loss(vae: Any, x: Tensor, noise_seed: int) -> Tensor:
     """Squared error, a little KL to keep latents near unit scale, and a little detail energy against blur."""
     with torch.autocast("cpu", dtype=torch.bfloat16):
         moments = vae._encode(x)
@@ -239,7 +240,7 @@ def vae_loss(vae: AutoencoderKLWan, x: Tensor, noise_seed: int) -> Tensor:
     return picture_loss(y.float(), x, detail=0.01) + 1e-5 * kl
 
 
-def decoder_loss(vae: AutoencoderKLWan, x: Tensor) -> Tensor:
+def decoder_loss(vae: Any, x: Tensor) -> Tensor:
     """The decoder alone, from noiseless latents, with more weight on detail: squared error by itself blurs."""
     with torch.autocast("cpu", dtype=torch.bfloat16):
         with torch.no_grad():
@@ -268,7 +269,7 @@ def train_vae(work: Path, seed: int) -> None:
 
 
 @torch.no_grad()
-def latent_statistics(vae: AutoencoderKLWan, seed: int, count: int = 64) -> tuple[list[float], list[float]]:
+def latent_statistics(vae: Any, seed: int, count: int = 64) -> tuple[list[float], list[float]]:
     """Per-channel mean and standard deviation over training clips."""
     clips = to_float([world.draw(seed, 2_000_000 + i, "train", size=SIZE).clip(5) for i in range(count)])
     z = torch.cat([vae.encode(c).latent_dist.mode() for c in clips.split(16)])
@@ -276,7 +277,7 @@ def latent_statistics(vae: AutoencoderKLWan, seed: int, count: int = 64) -> tupl
 
 
 @torch.no_grad()
-def vae_psnr(vae: AutoencoderKLWan, count: int = 64, T: int = 5) -> float:
+def vae_psnr(vae: Any, count: int = 64, T: int = 5) -> float:
     """Mean PSNR in dB of held-out clips through encode and decode."""
     clips = to_float([world.draw(0, i, "heldout", size=SIZE).clip(T) for i in range(count)])
     y = torch.cat([vae.decode(vae.encode(c).latent_dist.mode()).sample for c in clips.split(16)])
@@ -296,7 +297,7 @@ def texts_of(edit: world.Edit) -> list[str]:
     return [edit.instruction, edit.evolution]
 
 
-def train_tokenizer(seed: int, vocabulary: int = 768):
+def train_tokenizer(seed: int, vocabulary: int = 768) -> Any:
     """Byte-level BPE, so that no text is out of vocabulary, over the world's language and a little other English."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
@@ -335,7 +336,6 @@ def new_text_encoder(vocabulary: int):
         eos_token_id=1,
         decoder_start_token_id=0,
         is_encoder_decoder=False,
-        tie_word_embeddings=False,
     )
     return UMT5EncoderModel(config)
 
@@ -373,7 +373,7 @@ class TextTask(nn.Module):
 
     def __init__(self, encoder: nn.Module, vocabulary: int) -> None:
         super().__init__()
-        self.encoder = encoder
+        self.encoder: Any = encoder
         self.words = nn.Linear(WIDTH, vocabulary)
         self.facets = nn.ModuleList(nn.Linear(WIDTH, len(values)) for values in FACETS.values())
 
@@ -438,7 +438,7 @@ class VisionTask(nn.Module):
 
     def __init__(self, encoder: nn.Module) -> None:
         super().__init__()
-        self.encoder = encoder
+        self.encoder: Any = encoder
         self.head = nn.Linear(WIDTH, len(world.COLOURS) + len(world.SHAPES))
 
     def forward(self, pixels_B3HW: Tensor, cover_BNF: Tensor) -> Tensor:
@@ -475,7 +475,7 @@ def train_vision(work: Path, seed: int) -> None:
 
 # ---------------------------------------------------------------------------------------- folders and packing
 
-DIT = {
+DIT: dict[str, Any] = {
     "patch_size": (1, 2, 2),
     "num_attention_heads": 4,
     "attention_head_dim": 48,
@@ -505,7 +505,7 @@ def assemble(work: Path, name: str, out: Path) -> Path:
     for part, where in parts.items():
         shutil.copytree(work / where, out / part)
     with torch.device("meta"):
-        flf2v = {"pos_embed_seq_len": 2 * VISION_TOKENS} if name == "teacher" else {}
+        flf2v: dict[str, Any] = {"pos_embed_seq_len": 2 * VISION_TOKENS} if name == "teacher" else {}
         WanTransformer3DModel(**DIT, **flf2v).save_config(out / "transformer")
     base = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=SHIFT)
     (base if name == "teacher" else few_step_scheduler(SHIFT)).save_pretrained(out / "scheduler")

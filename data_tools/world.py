@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +28,7 @@ from v4e.nouns import Verdict
 
 Split = Literal["train", "heldout"]
 Picture = NDArray[np.uint8]  # [3, H, W]
-Floats = NDArray[np.float32]
+Floats = NDArray[np.floating[Any]]
 
 TRAIN_PHOTOS = (
     "astronaut.png",
@@ -219,18 +219,22 @@ def background(name: str, size: int) -> Floats:
 
     if name == "a blue sky":
         clouds = np.clip(ripple(1.3, 3, 0.5) * ripple(2.1, 1.2, 2) - 0.25, 0, 1)
-        return np.float32(np.clip(blend((0.25, 0.5, 0.9), (0.7, 0.85, 1), y) + 0.5 * clouds, 0, 1))
+        return _unit(blend((0.25, 0.5, 0.9), (0.7, 0.85, 1), y) + 0.5 * clouds)
     if name == "a green meadow":
-        return np.float32(np.clip(blend((0.45, 0.7, 0.3), (0.15, 0.45, 0.1), y) + 0.05 * ripple(9, 3), 0, 1))
+        return _unit(blend((0.45, 0.7, 0.3), (0.15, 0.45, 0.1), y) + 0.05 * ripple(9, 3))
     if name == "a sandy desert":
-        return np.float32(np.clip(blend((0.95, 0.85, 0.6), (0.8, 0.6, 0.35), y) + 0.05 * ripple(1.5, 6), 0, 1))
+        return _unit(blend((0.95, 0.85, 0.6), (0.8, 0.6, 0.35), y) + 0.05 * ripple(1.5, 6))
     if name == "a sunset":
-        return np.float32(blend((0.35, 0.15, 0.45), (1.0, 0.55, 0.2), y))
+        return _unit(blend((0.35, 0.15, 0.45), (1.0, 0.55, 0.2), y))
     if name == "a brick wall":
         row = np.floor(y * 8)
         mortar = (np.mod(y * 8, 1) < 0.14) | (np.mod(x * 4 + 0.5 * np.mod(row, 2), 1) < 0.07)
-        return np.float32(np.where(mortar, 0.75, np.array([0.62, 0.27, 0.2])[:, None, None]))
-    return np.float32(np.clip(blend((0.1, 0.45, 0.6), (0.02, 0.1, 0.3), y) + 0.04 * ripple(3, 2), 0, 1))
+        return _unit(np.where(mortar, 0.75, np.array([0.62, 0.27, 0.2])[:, None, None]))
+    return _unit(blend((0.1, 0.45, 0.6), (0.02, 0.1, 0.3), y) + 0.04 * ripple(3, 2))
+
+
+def _unit(picture: NDArray[Any]) -> Floats:
+    return np.asarray(np.clip(picture, 0, 1), np.float32)
 
 
 def stylise(picture: Floats, style: str) -> Floats:
@@ -265,7 +269,7 @@ def _flakes(size: int) -> Floats:
     flakes = np.zeros((size, size))
     for cx, cy, r in zip(rng.uniform(0, size, 28), rng.uniform(0, size, 28), rng.uniform(1.0, 2.2, 28), strict=True):
         flakes = np.maximum(flakes, np.clip(r * size / 64 + 0.5 - np.hypot(x - cx, y - cy), 0, 1))
-    return np.float32(0.95 * flakes)
+    return np.asarray(0.95 * flakes, np.float32)
 
 
 # -------------------------------------------------------------------------------------------------------- edits
@@ -309,18 +313,30 @@ class Edit:
         """The evolution caption, with the pace, and with the subject's place for half of the edits."""
         return self.caption(self.pace, self.placed)
 
+    @property
+    def old(self) -> Thing:
+        """The subject, of a task that has one."""
+        assert self.subject
+        return self.subject
+
+    @property
+    def new(self) -> Thing:
+        """The result, of a task that has one."""
+        assert self.result
+        return self.result
+
     def caption(self, pace: str, placed: bool) -> str:
         """The evolution prompt at a pace; ``placed`` also says where the subject is."""
-        where = f" at the {place_of(self.subject)}" if placed and self.subject else ""
+        where = f" at the {place_of(self.old)}" if placed and self.subject else ""
         if self.task == "add":
-            return caption("add", subject=_article(self.result), place=place_of(self.result), pace=pace)
-        subject = f"the {self.subject.name}{where}" if self.subject else ""
+            return caption("add", subject=_article(self.new), place=place_of(self.new), pace=pace)
+        subject = f"the {self.old.name}{where}" if self.subject else ""
         if self.task == "replace":
-            return caption("replace", subject=subject, result=f"a {self.result.name}", pace=pace)
+            return caption("replace", subject=subject, result=f"a {self.new.name}", pace=pace)
         if self.task == "recolour":
-            return caption("recolour", subject=subject, result=self.result.colour, pace=pace)
+            return caption("recolour", subject=subject, result=self.new.colour, pace=pace)
         if self.task == "move":
-            return caption("move", subject=subject, place=place_of(self.result), pace=pace)
+            return caption("move", subject=subject, place=place_of(self.new), pace=pace)
         return caption(self.task, subject=subject, result=self.scene, pace=pace)
 
     def frame(self, s: float) -> Picture:
@@ -379,7 +395,7 @@ class Edit:
     def _at(self, progress: NDArray[np.float64]) -> NDArray[np.uint8]:
         source, target = self._ends
         if self.task != "move":
-            return _to_bytes(source + np.float32(progress)[:, None, None, None] * (target - source))
+            return _to_bytes(source + np.asarray(progress, np.float32)[:, None, None, None] * (target - source))
         return np.stack([self._moved(float(w)) for w in progress])
 
     def _moved(self, w: float) -> Picture:
@@ -404,19 +420,19 @@ def instructions(edit: Edit) -> tuple[str, ...]:
     if edit.task == "background":
         ways = ("change the background to", "replace the background with", "set the background to")
         return tuple(f"{way} {edit.scene}" for way in ways)
-    the = f"the {edit.subject.name}" if edit.subject else ""
+    the = f"the {edit.old.name}" if edit.subject else ""
     if edit.task == "add":
-        thing, place = _article(edit.result), place_of(edit.result)
+        thing, place = _article(edit.new), place_of(edit.new)
         return (f"add {thing} at the {place}", f"put {thing} at the {place}", f"place {thing} in the {place}")
     if edit.task == "remove":
         return (f"remove {the}", f"erase {the}", f"delete {the}", f"take away {the}")
     if edit.task == "replace":
-        other = f"a {edit.result.name}"
+        other = f"a {edit.new.name}"
         return (f"replace {the} with {other}", f"swap {the} for {other}", f"turn {the} into {other}")
     if edit.task == "recolour":
-        colour = edit.result.colour
+        colour = edit.new.colour
         return (f"turn {the} {colour}", f"recolour {the} to {colour}", f"make {the} {colour}", f"paint {the} {colour}")
-    place = place_of(edit.result)
+    place = place_of(edit.new)
     return (f"move {the} to the {place}", f"shift {the} to the {place}", f"slide {the} to the {place}")
 
 
@@ -466,8 +482,7 @@ def _draw_change(rng: np.random.Generator, split: Split, task: str, size: int):
         named = [t for t in (subject, result) if t]
         if any(t.overlaps(o) for t in named for o in rest) or any(t.name == o.name for t in named for o in rest):
             continue
-        decisive = result or subject
-        if split == "heldout" and not is_held_out(decisive, task):
+        if split == "heldout" and not is_held_out(result or things[0], task):
             continue
         if split == "train" and any(is_held_out(t, task) for t in named):
             continue
@@ -515,10 +530,10 @@ def judge(edit: Edit, output: Picture) -> Verdict:
     """
     candidates = dict(_candidates(edit))
     wanted = next(iter(candidates))
-    blurred = {name: _blur(np.float32(p)) for name, p in candidates.items()}
-    source = _blur(np.float32(edit.source))
+    blurred = {name: _blur(np.asarray(p, np.float32)) for name, p in candidates.items()}
+    source = _blur(np.asarray(edit.source, np.float32))
     region = np.max([np.abs(p - source).max(0) for p in blurred.values()], axis=0) > 4
-    out = _blur(np.float32(output))
+    out = _blur(np.asarray(output, np.float32))
     seen = min(blurred, key=lambda name: float((((blurred[name] - out) ** 2) * region).sum()))
     return Verdict(seen == wanted, wanted, seen)
 
