@@ -70,7 +70,10 @@ def train(args: argparse.Namespace) -> int:
         return Stream(loop.data, seed=loop.seed, cache=loop.cache_bytes, **sizes)
 
     sheet = ContactSheet(loop.validation, recipe.codec, ranks, shift=recipe.shift) if loop.validation else None
-    train_recipe(recipe, stream, sheet, resume=args.resume)
+    try:
+        train_recipe(recipe, stream, sheet, resume=args.resume)
+    finally:
+        dist.stop()  # threads of a process group that is still open may abort the interpreter's exit
     return 0
 
 
