@@ -54,6 +54,7 @@ TERMS: dict[str, tuple[str, ...]] = {
     "minus_flow": ("terms.flow=0",),
     "no_edit_boost": ("edit_boost=0",),
     "no_flow_share": ("flow_share=0",),
+    "no_level_bias": ("level_bias=0",),
 }
 BASELINES = ("sft", "sft_edit_boost")
 # The journal's jsonl stays; contact sheets and W&B would cost a tenth of a run's time, and edits/ holds every picture.

@@ -52,7 +52,7 @@ def named(name: str, **fields) -> Run:
 def test_the_plan_is_complete():
     runs = ablate.plan(settings())
     table = {"full", "minus_velocity", "minus_trajectory", "minus_tail", "minus_block", "minus_flow"}
-    table |= {"no_edit_boost", "no_flow_share", "sft", "sft_edit_boost"}
+    table |= {"no_edit_boost", "no_flow_share", "no_level_bias", "sft", "sft_edit_boost"}
     curve = {f"{s}_{o}_{n}" for s, o, n in product(("prior", "fresh"), ("distilled", "sft"), COUNTS)}
     names = [run.name for run in runs] + [run.alias for run in runs if run.alias]
     assert len(names) == len(set(names))
@@ -65,7 +65,7 @@ def test_the_plan_is_complete():
 def test_where_the_table_has_its_own_number_of_triplets_nothing_is_shared():
     runs = ablate.plan(settings(counts=(8, 32), table=24))
     assert not any(run.alias for run in runs)
-    assert len(runs) == 10 + 8
+    assert len(runs) == 11 + 8
     assert {run.triplets for run in runs if run.name in ablate.TERMS} == {24}
     assert settings(counts=(8, 32), table=24).pool.triplets == 32
     assert settings(counts=(8, 32), table=64).pool.triplets == 64
@@ -92,6 +92,7 @@ REMOVED = [
     ("minus_flow", ("terms", "flow")),
     ("no_edit_boost", ("edit_boost",)),
     ("no_flow_share", ("flow_share",)),
+    ("no_level_bias", ("level_bias",)),
 ]
 
 

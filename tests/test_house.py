@@ -212,3 +212,10 @@ def cli_words(line: str) -> list[str]:
         if marker in words and (marker == "v4e.cli" or words[0] == marker):
             return words[words.index(marker) + 1 :]
     return []
+
+
+def test_console_scripts_find_their_packages():
+    """Without an __init__ a folder is importable from the repository's root, and missing once installed."""
+    from setuptools import find_packages
+
+    assert {"v4e", "v4e.recipes", "data_tools"} <= set(find_packages(str(ROOT), include=["v4e", "v4e.*", "data_tools"]))
