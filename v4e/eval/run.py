@@ -278,7 +278,10 @@ def _run_all(units: Sequence[Unit], judge: Judge, folder: Path, processes: int) 
     # Methods hold closures over loaded models, which no queue carries: forked children inherit them.
     global _inherited
     _inherited = (units, judge, folder)
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("fork")) as pool:
+    # A child makes torch's thread pool anew when first asked; a model's loader asks with many threads at once, some of
+    # which then find none ("Invalid thread pool!"). So it is made before them.
+    fork = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(processes, fork, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         yield from pool.map(_run_inherited, range(len(units)))
 
 
