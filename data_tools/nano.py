@@ -5,7 +5,7 @@ Stages, each a folder under the work directory with a checkpoint it resumes from
     vae      AutoencoderKLWan on images, then clips              text     tokenizer and UMT5 encoder
     vision   CLIP vision encoder                                 pack     clips -> shards, as the trainer reads them
     teacher  FLF2V on 9-frame clips (recipes/flow_matching.py)   i2v      I2V on 5-frame clips, from the teacher
-    bundle   bf16 folders in diffusers layout, to v4e/assets
+    teacher-2, i2v-2   both go on, I2V on new clips              bundle   bf16 folders, to v4e/assets
 
 `--card runs/demo/report.json` then writes the model cards with the figures a demo measured.
 
@@ -491,8 +491,45 @@ DIT: dict[str, Any] = {
 }
 VISION_TOKENS = (SIZE // 16) ** 2 + 1
 FRAMES = {"teacher": 9, "i2v": 5}
-CLIPS = {"teacher": 2000, "i2v": 6400}
 SHIFT = 3.0
+
+
+@dataclass(frozen=True)
+class Clips:
+    """A packed set: how many clips of a model, from which index of the world's training edits."""
+
+    model: str
+    count: int
+    offset: int
+
+
+CLIPS = {
+    "teacher": Clips("teacher", 2000, 6_000_000),
+    "i2v": Clips("i2v", 6400, 7_000_000),
+    "i2v-2": Clips("i2v", 6400, 7_100_000),
+}
+
+
+@dataclass(frozen=True)
+class Leg:
+    """One run of `v4e train` on a set of clips, from the weights of an earlier leg or, first of all, from nothing."""
+
+    config: str
+    clips: str
+    init: str
+
+    @property
+    def model(self) -> str:
+        return CLIPS[self.clips].model
+
+
+LEGS = {
+    "teacher": Leg("pretrain_flf2v", "teacher", "arch/teacher"),
+    "i2v": Leg("pretrain_i2v", "i2v", "models/teacher"),
+    "teacher-2": Leg("continue_flf2v", "teacher", "models/teacher"),
+    "i2v-2": Leg("continue_i2v", "i2v-2", "models/i2v"),
+}
+SHIPPED = {"teacher": "teacher-2", "i2v": "i2v-2"}
 
 
 def assemble(work: Path, name: str, out: Path) -> Path:
@@ -530,31 +567,29 @@ MODEL_INDEX = {
 }
 
 
-def evolving(seed: int, name: str) -> Iterator[Evolving]:
-    """Training clips with their captions; teacher and student see different ones."""
-    offset = {"teacher": 6_000_000, "i2v": 7_000_000}[name]
-    for i in range(CLIPS[name]):
-        edit = world.draw(seed, offset + i, "train", size=SIZE)
-        clip = Clip(torch.from_numpy(edit.clip(FRAMES[name])))
+def evolving(seed: int, clips: Clips) -> Iterator[Evolving]:
+    """Training clips with their captions; every set has its own."""
+    for i in range(clips.count):
+        edit = world.draw(seed, clips.offset + i, "train", size=SIZE)
+        clip = Clip(torch.from_numpy(edit.clip(FRAMES[clips.model])))
         yield Evolving(edit.key, clip, edit.evolution, edit.instruction, edit.task)
 
 
 def pack(work: Path, seed: int, name: str, part: int = 0, parts: int = 1) -> None:
-    """Encode a model's clips into shards; the VAE in bf16, as the shards keep bf16."""
-    arch = work / "arch" / name
-    codec = WanCodec.load(arch)
-    grid = codec.grid(FRAMES[name], SIZE, SIZE)
-    ends = "first_and_last" if name == "teacher" else "first"
+    """Encode a set of clips into shards; the VAE in bf16, as the shards keep bf16."""
+    clips = CLIPS[name]
+    codec = WanCodec.load(work / "arch" / clips.model)
+    grid = codec.grid(FRAMES[clips.model], SIZE, SIZE)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         pack_clips(
-            evolving(seed, name),
+            evolving(seed, clips),
             work / f"shards-{name}",
             codec,
             grid,
-            ends=ends,
+            ends="first_and_last" if clips.model == "teacher" else "first",
             settings={"world": seed},
             origin=Origin("procedural clips over photographs, docs/world.md", "see there", "", seed, TOOL),
-            total=CLIPS[name],
+            total=clips.count,
             part=part,
             parts=parts,
         )
@@ -563,13 +598,12 @@ def pack(work: Path, seed: int, name: str, part: int = 0, parts: int = 1) -> Non
 # -------------------------------------------------------------------------------------------- DiTs and bundle
 
 
-def train_dit(work: Path, name: str, ranks: int) -> None:
+def train_leg(work: Path, name: str, ranks: int) -> None:
     """Pre-train a DiT with `v4e train`, on ``ranks`` processes of one thread each, and export it."""
-    config = {"teacher": "pretrain_flf2v", "i2v": "pretrain_i2v"}[name]
-    start = work / ("arch/teacher" if name == "teacher" else "models/teacher")
-    places = [f"init={start}", f"loop.data={work / f'shards-{name}'}", f"loop.output={work / name}"]
-    subprocess.run([*launcher(ranks), "train", f"configs/nano/{config}.yaml", *places], check=True)
-    export_run(work / name, work / "models" / name, base=str(work / "arch" / name))
+    leg = LEGS[name]
+    places = [f"init={work / leg.init}", f"loop.data={work / f'shards-{leg.clips}'}", f"loop.output={work / name}"]
+    subprocess.run([*launcher(ranks), "train", f"configs/nano/{leg.config}.yaml", *places], check=True)
+    export_run(work / name, work / "models" / name, base=str(work / "arch" / leg.model))
 
 
 def pack_in_parallel(work: Path, seed: int, name: str, processes: int) -> None:
@@ -588,9 +622,9 @@ def bundle(work: Path, out: Path) -> None:
 
     The encoders' configs keep saying fp32, so that stock libraries compute in it.
     """
-    for name in ("teacher", "i2v"):
+    for name, leg in SHIPPED.items():
         shutil.rmtree(out / name, ignore_errors=True)
-        shutil.copytree(work / "models" / name, out / name)
+        shutil.copytree(work / "models" / leg, out / name)
         for file in (out / name).glob("*/*.safetensors"):
             save_file({k: v.bfloat16() for k, v in load_file(file).items()}, file, {"format": "pt"})
 
@@ -635,7 +669,7 @@ def _card_line(method: str, steps: str, figures: dict[str, float | None]) -> str
     return f"| {method} | {steps if steps != '0' else ''} | {' | '.join(told)} |"
 
 
-STAGES = ("vae", "text", "vision", "arch", "pack", "teacher", "i2v", "bundle")
+STAGES = ("vae", "text", "vision", "arch", "pack", *LEGS, "bundle")
 
 
 def run_stage(stage: str, work: Path, seed: int, ranks: int) -> None:
@@ -655,12 +689,12 @@ def run_stage(stage: str, work: Path, seed: int, ranks: int) -> None:
             for name in FRAMES:
                 assemble(work, name, work / "arch" / name)
         case "pack":
-            for name in FRAMES:
+            for name in CLIPS:
                 pack_in_parallel(work, seed, name, ranks)
-        case "teacher" | "i2v":
-            train_dit(work, stage, ranks)
         case "bundle":
             bundle(work, BUNDLE)
+        case leg:
+            train_leg(work, leg, ranks)
     marker.write_text(f"{time.perf_counter() - start:.0f} s\n")
     print(f"{stage}: {marker.read_text().strip()}", flush=True)
 
@@ -672,7 +706,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--card", type=Path, help="only write the model cards, with the figures of this report.json")
-    parser.add_argument("--only", choices=tuple(FRAMES), help=argparse.SUPPRESS)
+    parser.add_argument("--only", choices=tuple(CLIPS), help=argparse.SUPPRESS)
     parser.add_argument("--part", default="0/1", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)  # two threads a process are slower than one on small tensors

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+import torch.distributed as torch_dist
 from PIL import Image
 
 from tests.builders import wan_folder
@@ -109,6 +110,14 @@ def test_unknown_recipe_and_missing_config(tmp_path, capsys):
 def test_the_launchers_argument_comes_first():
     args = cli.parser().parse_args(["--local_rank=1", "train", "c.yaml", "loop.steps=3", "optim.lr=1"])
     assert (args.config, args.overrides, args.resume) == ("c.yaml", ["loop.steps=3", "optim.lr=1"], "auto")
+
+
+def test_a_training_leaves_its_process_group_to_the_next(tmp_path, monkeypatch):
+    """DeepSpeed hands the groups it made to the next engine of this process: they must live as long as it does."""
+    monkeypatch.setattr("v4e.train.run.train_recipe", lambda *_, **__: None)
+    (tmp_path / "c.yaml").write_text("recipe: flow_matching\nloop: {threads: 1}\n")
+    assert cli.main(["train", str(tmp_path / "c.yaml")]) == 0
+    assert torch_dist.is_initialized()
 
 
 def test_doctor(capsys):

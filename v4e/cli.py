@@ -70,10 +70,7 @@ def train(args: argparse.Namespace) -> int:
         return Stream(loop.data, seed=loop.seed, cache=loop.cache_bytes, **sizes)
 
     sheet = ContactSheet(loop.validation, recipe.codec, ranks, shift=recipe.shift) if loop.validation else None
-    try:
-        train_recipe(recipe, stream, sheet, resume=args.resume)
-    finally:
-        dist.stop()  # threads of a process group that is still open may abort the interpreter's exit
+    train_recipe(recipe, stream, sheet, resume=args.resume)
     return 0
 
 

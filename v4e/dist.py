@@ -4,6 +4,7 @@ A job is started by the ``deepspeed`` launcher, which tells each rank its place 
 by hand, which makes it a job of one rank. Either way there is a process group, so no caller asks whether there is one.
 """
 
+import atexit
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -43,7 +44,7 @@ class Ranks:
 
 
 def start(threads: int = 0) -> Ranks:
-    """Join the job; a second call only says where this process stands.
+    """Join the job until the process ends; a second call only says where this process stands.
 
     Args:
         threads: CPU threads of this rank; 0 shares the machine's cores among its ranks.
@@ -57,13 +58,8 @@ def start(threads: int = 0) -> Ranks:
         torch.cuda.set_device(ranks.device)
     if not torch_dist.is_initialized():
         _join(ranks)
+        atexit.register(_leave)
     return ranks
-
-
-def stop() -> None:
-    """Leave the job; harmless where it was never joined."""
-    if torch_dist.is_initialized():
-        torch_dist.destroy_process_group()
 
 
 def barrier() -> None:
@@ -112,6 +108,15 @@ def _join(ranks: Ranks) -> None:
         return
     os.environ["LOCAL_RANK"] = "0"  # DeepSpeed's engine insists on it
     torch_dist.init_process_group(backend, store=torch_dist.HashStore(), rank=0, world_size=1, timeout=PATIENCE)
+
+
+def _leave() -> None:
+    """Threads of a process group that is still open may abort the interpreter's exit.
+
+    Not earlier than that: DeepSpeed keeps the groups it made and hands them to the next engine of this process.
+    """
+    if torch_dist.is_initialized():
+        torch_dist.destroy_process_group()
 
 
 def _cores() -> int:
