@@ -496,17 +496,20 @@ SHIFT = 3.0
 
 @dataclass(frozen=True)
 class Clips:
-    """A packed set: how many clips of a model, from which index of the world's training edits."""
+    """A packed set: how many clips of a model, from which index of the world's training edits, of which tasks."""
 
     model: str
     count: int
     offset: int
+    tasks: tuple[str, ...] = world.SCHEDULE
 
 
+# Styles and backgrounds are learnt first; the shape of what is added or put in place comes last.
+HARD = ("add", "replace", "move", "recolour", "add", "replace", "remove", "move", "add", "replace", "background")
 CLIPS = {
     "teacher": Clips("teacher", 2000, 6_000_000),
     "i2v": Clips("i2v", 6400, 7_000_000),
-    "i2v-2": Clips("i2v", 6400, 7_100_000),
+    "i2v-2": Clips("i2v", 6400, 7_100_000, (*HARD, *HARD, *world.STYLES)),
 }
 
 
@@ -569,8 +572,8 @@ MODEL_INDEX = {
 
 def evolving(seed: int, clips: Clips) -> Iterator[Evolving]:
     """Training clips with their captions; every set has its own."""
-    for i in range(clips.count):
-        edit = world.draw(seed, clips.offset + i, "train", size=SIZE)
+    for index in range(clips.offset, clips.offset + clips.count):
+        edit = world.draw(seed, index, "train", size=SIZE, task=clips.tasks[index % len(clips.tasks)])
         clip = Clip(torch.from_numpy(edit.clip(FRAMES[clips.model])))
         yield Evolving(edit.key, clip, edit.evolution, edit.instruction, edit.task)
 
