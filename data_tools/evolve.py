@@ -4,6 +4,7 @@ The `template` writer is pure rules, so the same instruction always gives the sa
 process and its pace, the end, what stays untouched, and that the camera does not move.
 """
 
+import argparse
 import re
 from dataclasses import dataclass
 
@@ -117,3 +118,19 @@ def _clean(parts: dict[str, str | None]) -> dict[str, str]:
         place = re.sub(r"\s+(?:corner|side|edge|of the (?:picture|image|photo))\b.*$", "", place, flags=re.IGNORECASE)
         clean["place"] = re.sub(r"\b(?:center|middle)\b", "centre", place, flags=re.IGNORECASE)
     return clean
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `v4e-shards evolve`."""
+    parser.add_argument("folder", help="folder written by ingest")
+    parser.add_argument("--again", action="store_true", help="also rewrite prompts that evolve wrote before")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the verb."""
+    from data_tools.ingest import add_evolutions  # ingest itself writes prompts with this module
+    from v4e.journal import progress
+
+    counts = add_evolutions(args.folder, again=args.again, watch=lambda rows: progress(rows, "evolve"))
+    print(", ".join(f"{n} {task}" for task, n in counts.most_common()) or "every prompt was there already")
+    return 0

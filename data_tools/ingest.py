@@ -6,6 +6,7 @@ others are listed in ``triplets.jsonl``, whose images are RGB PNGs of the wanted
 new or was rejected.
 """
 
+import argparse
 import json
 import os
 from collections import Counter
@@ -25,6 +26,7 @@ from data_tools.evolve import write as write_evolution
 from v4e.data.disk import agree, hash_of, plain_folder, readable, to_json, writable, write_atomically
 from v4e.data.members import check_key, to_png
 from v4e.errors import ConfigError, DataError
+from v4e.journal import progress
 from v4e.nouns import Clip, Grid
 
 X = TypeVar("X")
@@ -445,3 +447,39 @@ def _to_row(triplet: Triplet, base: Path) -> bytes:
 
 def _write_rejects(path: Path, rejects: Sequence[Reject]) -> None:
     write_atomically(path, b"".join(to_json(vars(r)) + b"\n" for r in rejects))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `v4e-shards ingest`."""
+    parser.add_argument("jsonl", help="one triplet a line; its paths are relative to the file")
+    parser.add_argument("out", help="folder to fill; an unfinished one is gone on with")
+    parser.add_argument("--height", type=int, required=True, help="of every image, in pixels")
+    parser.add_argument("--width", type=int, required=True, help="of every image, in pixels")
+    parser.add_argument(
+        "--fit", choices=("crop", "exact"), default="crop", help="scale and crop, or refuse other sizes"
+    )
+    parser.add_argument("--max-reject-fraction", type=float, default=0.0, help="more rejects than this are an error")
+    parser.add_argument("--workers", type=int, default=2, help="threads that decode")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the verb."""
+    report = ingest(
+        args.jsonl,
+        args.out,
+        (args.height, args.width),
+        fit=args.fit,
+        max_reject_fraction=args.max_reject_fraction,
+        workers=args.workers,
+        watch=lambda lines: progress(lines, "ingest", total=_lines_in(args.jsonl)),
+    )
+    print(report)
+    return 0
+
+
+def _lines_in(jsonl: str) -> int | None:
+    try:
+        with open(jsonl, "rb") as file:
+            return sum(bool(line.strip()) for line in file)
+    except OSError:
+        return None  # ingest says what is wrong with it

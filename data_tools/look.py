@@ -3,6 +3,7 @@
 The page holds its pictures and needs neither network nor script.
 """
 
+import argparse
 import base64
 import html
 import io
@@ -15,11 +16,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from data_tools.verify import codec_of
 from v4e import flow
 from v4e.data.disk import writable, write_atomically
 from v4e.data.members import to_png
 from v4e.data.shards import ShardSet
 from v4e.errors import DataError
+from v4e.journal import progress
 from v4e.nouns import Clip, Grid, Rollout, Sample
 from v4e.verbs import Codec
 
@@ -193,3 +196,19 @@ def _text(value: object) -> str:
 def _spread(items: Sequence, wanted: int) -> list:
     """``wanted`` of the items, evenly spread, or all of them."""
     return [items[i * len(items) // wanted] for i in range(wanted)] if len(items) > wanted else list(items)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `v4e-shards look`."""
+    parser.add_argument("folder", help="shard folder")
+    parser.add_argument("--page", default="", help="HTML file to write; look.html in the folder by default")
+    parser.add_argument("--codec", default="", help="model folder; decodes what the roll-outs came to")
+    parser.add_argument("--rows", type=int, default=24, help="samples to show")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the verb."""
+    page = args.page or Path(args.folder) / "look.html"
+    codec = codec_of(args.codec)
+    print(look(args.folder, page, codec=codec, rows=args.rows, watch=lambda numbers: progress(numbers, "measure")))
+    return 0

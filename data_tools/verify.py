@@ -3,6 +3,7 @@
 Nothing stops at the first fault: a set of a thousand shards should be mended once, not a thousand times.
 """
 
+import argparse
 import json
 import tarfile
 from collections import Counter
@@ -19,6 +20,7 @@ from v4e.data.disk import TEMPORARY, plain_folder, readable
 from v4e.data.members import TENSORS, WORDS, declared, refuse_nonfinite, unpack
 from v4e.data.shards import Index, ShardSet, check_shard, finished, index_path, read_manifest
 from v4e.errors import DataError
+from v4e.journal import progress
 from v4e.nouns import Clip, Encoded, Grid, Rollout, Sample
 from v4e.verbs import Codec
 
@@ -222,3 +224,33 @@ def _check_pictures(sample: Sample, codec: Codec, least: float, where: str) -> N
 def _spread(n: int, wanted: int) -> frozenset[int]:
     """``wanted`` of n numbers, evenly spread."""
     return frozenset(i * n // wanted for i in range(wanted)) if n > wanted else frozenset(range(n))
+
+
+def codec_of(folder: str) -> Codec | None:
+    """The codec of a model's folder, or None; its libraries are slow to import and seldom needed."""
+    if not folder:
+        return None
+    from v4e.models.codec import WanCodec
+
+    return WanCodec.load(folder)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `v4e-shards verify`."""
+    parser.add_argument("folder", help="shard folder")
+    parser.add_argument("--codec", default="", help="model folder; some samples are decoded and compared")
+    parser.add_argument("--decode", type=int, default=16, help="how many of them")
+    parser.add_argument("--least-psnr", type=float, default=20.0, help="in dB, of a decoded frame against its picture")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the verb."""
+    report = verify(
+        args.folder,
+        codec=codec_of(args.codec),
+        decode=args.decode,
+        least_psnr=args.least_psnr,
+        watch=lambda numbers: progress(numbers, "verify"),
+    )
+    print("\n".join(report.lines()))
+    return DataError.exit_code if report.problems else 0
