@@ -198,4 +198,3 @@ def main(output: str, *words: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
-

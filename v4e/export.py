@@ -238,9 +238,7 @@ def our_frames(folder: Path, backbone: WanBackbone, kind: Kind) -> Clip:
     first, last = _probes()
     if kind == "i2v":
         pipeline = EditPipeline.from_pretrained(folder, attention="native", transformer=backbone)
-        return pipeline(
-            first, "make it snow", steps=PROBE_STEPS, guidance=1.0, frames=PROBE_FRAMES, return_frames=True
-        )
+        return pipeline(first, "make it snow", steps=PROBE_STEPS, guidance=1.0, frames=PROBE_FRAMES, return_frames=True)
     teacher = TeacherPipeline.from_pretrained(folder, attention="native", transformer=backbone)
     return teacher(
         [as_clip(first)], [as_clip(last)], ["make it snow"], seeds=[0], frames=PROBE_FRAMES, steps=PROBE_STEPS

@@ -74,5 +74,3 @@ class FlowMatching:
         region = losses.region_weight(batch.change_Bthw, self.edit_boost) if self.edit_boost else None
         term = losses.squared(v, flow.velocity(batch.clip_BCthw, noise), batch.weight_B, region)
         return Losses({"flow": term}, {"flow": 1.0})
-
-
