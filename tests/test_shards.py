@@ -304,11 +304,13 @@ def test_nonfinite_tensors_are_refused(tmp_path):
         writer.add(big)
 
 
-@pytest.mark.parametrize("folder", ["pipe:cat x.tar", "s3://bucket/set", "https://host/set", " pipe:ls"])
-def test_urls_are_refused(folder):
-    with pytest.raises(DataError, match="not a URL"):
+@pytest.mark.parametrize(
+    "folder", ["pipe:cat x.tar", " pipe:ls", "ftp://host/set", "s3:/typo", "simplecache::s3://b/x"]
+)
+def test_strange_urls_are_refused(folder):
+    with pytest.raises(DataError, match="neither a local path nor a URL that v4e reads"):
         ShardSet.open(folder)
-    with pytest.raises(DataError, match="not a URL"):
+    with pytest.raises(DataError, match="neither a local path nor a URL that v4e reads"):
         ShardWriter(folder, META)
 
 
@@ -381,7 +383,11 @@ def test_a_missing_shard_or_index(shards):
 def test_a_changed_index(shards):
     flip(index_path(shards.folder / "000-000000.tar"), 50)
     with pytest.raises(DataError, match="not the one the manifest names"):
-        ShardSet.open(shards.folder)
+        ShardSet.open(shards.folder, verify="index")
+    lazily = ShardSet.open(shards.folder)
+    with pytest.raises(DataError, match="000-000000.index.json: the index is not the one the manifest names"):
+        lazily.sample(2)
+    assert lazily.sample(3).key == "s0003" and lazily.name(2) == "000-000000-row-2"
 
 
 def forge(shards: ShardSet, members: list[tuple[tarfile.TarInfo, bytes]]) -> None:

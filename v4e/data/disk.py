@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import IO
 
 from safetensors import SafetensorError
 
+from v4e.data.places import Place, exists, is_remote, put, read_bytes, shown
 from v4e.errors import DataError, V4EError
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -26,8 +28,13 @@ def plain_folder(folder: str | Path) -> Path:
     return Path(folder)
 
 
-def write_atomically(path: Path, content: bytes, *, durable: bool = True) -> None:
-    """Write a file that is seen whole or not at all, even after a power cut unless ``durable`` is false."""
+def write_atomically(path: Place, content: bytes, *, durable: bool = True) -> None:
+    """Write a file that is seen whole or not at all, even after a power cut unless ``durable`` is false.
+
+    Stores show an object only when it is whole.
+    """
+    if is_remote(path):
+        return put(path, content)
     temporary = path.with_name(f"{TEMPORARY}{path.name}-{os.getpid()}")  # two writers may begin one folder at once
     try:
         with open(temporary, "wb") as file:
@@ -40,6 +47,24 @@ def write_atomically(path: Path, content: bytes, *, durable: bool = True) -> Non
         raise
     if durable:
         sync_folder(path.parent)
+    return None
+
+
+def scratch(folder: Place) -> Path:
+    """Where files of a folder are begun: in itself; for a URL in a local folder of its own, the same in every run.
+
+    Its place is that of the standard library's temporary files, which TMPDIR moves.
+
+    Raises:
+        DataError: somebody else owns it.
+    """
+    if not is_remote(folder):
+        return folder
+    local = Path(tempfile.gettempdir()) / f"v4e-{os.getuid()}-{hash_of(str(folder).encode())[:12]}"
+    local.mkdir(mode=0o700, exist_ok=True)
+    if local.lstat().st_uid != os.getuid() or local.is_symlink():
+        raise DataError("belongs to somebody else", where=str(local), fix="set TMPDIR to a folder of yours")
+    return local
 
 
 def settle(file: IO[bytes]) -> None:
@@ -57,32 +82,24 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def agree(path: Path, settings: Mapping[str, object]) -> None:
+def agree(path: Place, settings: Mapping[str, object]) -> None:
     """Write settings down when work begins; refuse to go on with others later.
 
     Raises:
         DataError: they differ; both values of each are named.
     """
     now = json.loads(to_json(settings))
-    if not path.exists():
+    if not exists(path):
         return write_atomically(path, to_json(now))
-    with readable(str(path)):
+    with readable(shown(path)):
         before = json.loads(read_bytes(path))
     if changed := sorted(_differences(before, now)):
         raise DataError(
             f"this folder was begun with other settings: {'; '.join(changed)}",
-            where=str(path),
+            where=shown(path),
             fix="go on with the old settings, or write to a new folder",
         )
     return None
-
-
-def read_bytes(path: Path) -> bytes:
-    """A file's content; DataError when it cannot be read."""
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise DataError(f"cannot be read: {error.strerror}", where=str(path)) from error
 
 
 def to_json(value: object, indent: int | None = None) -> bytes:
@@ -91,7 +108,7 @@ def to_json(value: object, indent: int | None = None) -> bytes:
     return json.dumps(value, ensure_ascii=False, indent=indent, separators=separators, allow_nan=False).encode()
 
 
-def digest_of(content: bytes) -> bytes:
+def digest_of(content: bytes | memoryview) -> bytes:
     """blake2b, 16 bytes: about 1 GB/s on one core, so every read can afford the strong hash."""
     return hashlib.blake2b(content, digest_size=16).digest()
 
@@ -117,14 +134,14 @@ def lock(path: Path) -> IO[bytes]:
 
 
 @contextmanager
-def writable(folder: Path) -> Iterator[None]:
+def writable(folder: Place) -> Iterator[None]:
     """A full or failing disk as one DataError that names the folder."""
     try:
         yield
     except OSError as error:
         full = error.errno in NO_ROOM
         what = "the disk is full; the file begun is lost, finished ones are safe" if full else f"cannot write: {error}"
-        raise DataError(what, where=str(folder), fix="make room and run the same command again" * full) from error
+        raise DataError(what, where=shown(folder), fix="make room and run the same command again" * full) from error
 
 
 @contextmanager

@@ -52,14 +52,14 @@ def pack(sample: Sample, dtype: torch.dtype = torch.bfloat16) -> dict[str, bytes
     return members | {name: save_tensors(tensors) for name, tensors in parts.items()}
 
 
-def unpack(key: str, members: Mapping[str, bytes], where: str) -> Sample:
+def unpack(key: str, members: Mapping[str, bytes | memoryview], where: str) -> Sample:
     """The sample that :func:`pack` took apart; what is not among ``members`` is None.
 
     Raises:
         DataError: a member cannot be read, or a field is missing.
     """
     with readable(where):
-        words = json.loads(members[WORDS])
+        words = json.loads(bytes(members[WORDS]))
         source, target = (members.get(kind) for kind in PICTURES)
         encoded, rollout = (members.get(kind) for kind in TENSORS)
         return Sample(
@@ -68,8 +68,8 @@ def unpack(key: str, members: Mapping[str, bytes], where: str) -> Sample:
             evolution=words["evolution"],
             source=from_png(source) if source else None,
             target=from_png(target) if target else None,
-            encoded=Encoded(**load_tensors(encoded)) if encoded else None,
-            rollout=Rollout(**load_tensors(rollout)) if rollout else None,
+            encoded=Encoded(**load_tensors(bytes(encoded))) if encoded else None,
+            rollout=Rollout(**load_tensors(bytes(rollout))) if rollout else None,
             task=words["task"],
             origin=Origin(**words["origin"]),
         )
@@ -102,7 +102,7 @@ def to_png(clip: Clip) -> bytes:
     return buffer.getvalue()
 
 
-def from_png(content: bytes) -> Clip:
+def from_png(content: bytes | memoryview) -> Clip:
     """An image (T = 1) from PNG bytes."""
     picture = np.array(Image.open(io.BytesIO(content)).convert("RGB"))
     return Clip(torch.from_numpy(picture).permute(2, 0, 1)[None].contiguous())

@@ -95,7 +95,7 @@ class Stream:
 
     def keys_of(self, step: int) -> list[str]:
         """Keys of a whole step over all ranks, in global order; reads no sample."""
-        return [self.set.keys[self.index_of(p)] for p in range(step * self.batch, (step + 1) * self.batch)]
+        return [self.set.name(self.index_of(p)) for p in range(step * self.batch, (step + 1) * self.batch)]
 
     def close(self) -> None:
         """Stop reading ahead."""
@@ -122,10 +122,10 @@ class Stream:
         stand_in = next((s for i in others if (s := self._healthy(i))), None)
         if stand_in is None:
             raise DataError("not one sample can be read", where=str(self.set.folder), fix="run v4e-shards verify")
-        return replace(stand_in, key=self.set.keys[index]), 0.0
+        return replace(stand_in, key=self.set.name(index)), 0.0
 
     def _healthy(self, index: int) -> Sample | None:
-        key = self.set.keys[index]
+        key = self.set.name(index)
         if key in self._damaged:
             return None
         try:
