@@ -6,13 +6,14 @@ by hand, which makes it a job of one rank. Either way there is a process group, 
 
 import atexit
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
 
 import torch
 import torch.distributed as torch_dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from v4e.errors import ConfigError
 
@@ -43,6 +44,37 @@ class Ranks:
         return torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
 
 
+@dataclass(frozen=True)
+class Team:
+    """Ranks that work on one thing in step. Without a mesh it is a team of one.
+
+    Args:
+        leads: whether this rank decides, reads and writes for all.
+        leader: its rank in the job.
+        mesh: dimensions ``ring`` (1) and ``ulysses`` (the team), as diffusers' context parallelism wants them.
+    """
+
+    leads: bool = True
+    leader: int = 0
+    mesh: DeviceMesh | None = None
+
+    def follow(self, value: Small) -> Small:
+        """The leader's value on every rank of the team."""
+        box = [value]
+        if self.mesh is not None:
+            torch_dist.broadcast_object_list(box, src=self.leader, group=self.mesh["ulysses"].get_group())
+        return box[0]
+
+    def in_step(self, turns: Callable[[], Iterator[int]]) -> Iterator[int]:
+        """The leader's turns, numbers from 0, on every rank of the team."""
+        own = turns() if self.leads else iter(())
+        while (turn := self.follow(next(own, -1))) >= 0:
+            yield turn
+
+
+ALONE = Team()
+
+
 def start(threads: int = 0) -> Ranks:
     """Join the job until the process ends; a second call only says where this process stands.
 
@@ -60,6 +92,46 @@ def start(threads: int = 0) -> Ranks:
         _join(ranks)
         atexit.register(_leave)
     return ranks
+
+
+def place() -> Ranks:
+    """Where this process stands among those that share independent work, without joining them.
+
+    Ranks are the launcher's, or Slurm's tasks. The jobs of a Slurm array count as one: each adds its ranks.
+
+    Raises:
+        ConfigError: the variables contradict each other.
+    """
+    ranks = _from_environment() if "RANK" in os.environ else _slurm_tasks()
+    number, jobs = _slurm_array()
+    return Ranks(number * ranks.world + ranks.rank, jobs * ranks.world, ranks.local_rank)
+
+
+def team(size: int) -> Team:
+    """The team of this rank, of ``size`` consecutive ranks; joins the launcher's job.
+
+    Raises:
+        ConfigError: the job's ranks do not divide into such teams.
+    """
+    ranks = start()
+    if ranks.world % size:
+        raise ConfigError(f"{ranks.world} ranks are no teams of {size}", fix=f"start a multiple of {size} ranks")
+    shape, names = (ranks.world // size, 1, size), ("team", "ring", "ulysses")
+    mesh = init_device_mesh(ranks.device.type, shape, mesh_dim_names=names)["ring", "ulysses"]
+    leader = ranks.rank - ranks.rank % size
+    return Team(ranks.rank == leader, leader, mesh)
+
+
+def secret(variable: str) -> str:
+    """What an environment variable holds; secrets come that way alone, and are shown nowhere.
+
+    Raises:
+        ConfigError: it is not set.
+    """
+    value = os.environ.get(variable, "").strip()
+    if not value:
+        raise ConfigError(f"the environment variable {variable} is not set", fix=f"export {variable}=...")
+    return value
 
 
 def barrier() -> None:
@@ -99,6 +171,27 @@ def _from_environment() -> Ranks:
         return Ranks()
     rank, world, local = (int(os.environ[n]) for n in names)
     return Ranks(rank, world, local)
+
+
+def _slurm_tasks() -> Ranks:
+    """What `srun` said; one rank where nobody launched anything."""
+    names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
+    return Ranks(*(int(os.environ[n]) for n in names)) if all(n in os.environ for n in names) else Ranks()
+
+
+def _slurm_array() -> tuple[int, int]:
+    """This job's number in its Slurm array, from 0, and how many jobs that has; a job by itself is the only one."""
+    if "SLURM_ARRAY_TASK_ID" not in os.environ:
+        return 0, 1
+    task, first, step, jobs = (
+        int(os.environ.get(f"SLURM_ARRAY_TASK_{name}", default))
+        for name, default in (("ID", "0"), ("MIN", "0"), ("STEP", "1"), ("COUNT", "1"))
+    )
+    number = (task - first) // step
+    if not 0 <= number < jobs:
+        fix = "number it without gaps, as in --array=0-7"
+        raise ConfigError(f"task {task} is not one of a regular array of {jobs} jobs", where="Slurm", fix=fix)
+    return number, jobs
 
 
 def _join(ranks: Ranks) -> None:

@@ -33,6 +33,25 @@ def union_grid(step_counts: Iterable[int], by: float) -> Tensor:
     return torch.unique((levels * 1e9).round() / 1e9).flip(0).clamp(max=FIRST_SIGMA)
 
 
+def refine(levels: Tensor, steps: int, by: float) -> Tensor:
+    """A grid [steps + 1] through all of ``levels`` [K + 1]; each further step halves, thirds, ... the longest one.
+
+    Args:
+        by: steps are measured in the time of which the noise level is the shift by this.
+    """
+    time = shift(levels, 1 / by)
+    long = time[:-1] - time[1:]
+    parts = torch.ones_like(long)
+    for _ in range(steps - len(long)):
+        parts[(long / parts).argmax()] += 1
+    between = [
+        shift(torch.linspace(float(a), float(b), int(n) + 1, dtype=torch.float64)[1:-1], by)
+        for a, b, n in zip(time[:-1], time[1:], parts, strict=True)
+    ]
+    pieces = [piece for level, inner in zip(levels[:-1], between, strict=True) for piece in (level[None], inner)]
+    return torch.cat([*pieces, levels[-1:]])
+
+
 def timestep(sigma: Tensor) -> Tensor:
     """Wan's integer timestep of a noise level: 1000 * sigma, truncated (diffusers' UniPC casts to int64).
 

@@ -169,13 +169,19 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a sample comes from, as text that survives a release."""
+    """Where a sample comes from, as text that survives a release.
+
+    ``inputs`` is a hash of all that determined it: pictures, words, models and settings. It may be empty.
+    ``writer`` is who wrote the evolution prompt, with its version; empty where the data brought it.
+    """
 
     dataset: str = ""
     licence: str = ""
     teacher: str = ""
     seed: int = 0
     tool: str = ""
+    inputs: str = ""
+    writer: str = ""
 
 
 @dataclass(frozen=True)

@@ -5,18 +5,20 @@ and what they save, diffusers loads. Unlike the stock pipeline they take batches
 """
 
 import json
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers import UniPCMultistepScheduler, WanImageToVideoPipeline
+from diffusers import ContextParallelConfig, UniPCMultistepScheduler, WanImageToVideoPipeline
 from PIL import Image, ImageOps
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from v4e import flow
-from v4e.errors import CheckpointError, DataError
+from v4e.errors import CheckpointError, ConfigError, DataError
 from v4e.models.attention import Attention
 from v4e.models.codec import WanCodec
 from v4e.models.folder import locate
@@ -29,6 +31,8 @@ MODEL_INDEX = "model_index.json"
 CODEC_PARTS = ("vae", "text_encoder", "tokenizer", "image_encoder", "image_processor")
 STOCK_TRANSFORMER = ["diffusers", "WanTransformer3DModel"]
 Solver = Literal["unipc", "euler"]
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -131,6 +135,21 @@ def scheduler_at(base: UniPCMultistepScheduler, solver: Solver, levels: Tensor) 
     scheduler.set_timesteps(sigmas=levels[:-1].double().numpy())
     scheduler.set_begin_index(0)  # levels may share an integer timestep, and it would look itself up by that
     return scheduler
+
+
+def spreadable(backend: Attention) -> Attention:
+    """The backend for a forward that is spread over GPUs; ``auto`` picks one that can, and says so.
+
+    Raises:
+        ConfigError: this one cannot.
+    """
+    if backend == "auto":
+        log.info("attention=auto uses native: xformers has no context parallelism")
+        return "native"
+    if backend in ("xformers", "matmul"):
+        fix = "use attention=auto, native, flash or sage"
+        raise ConfigError(f"attention backend {backend!r} has no context parallelism", where="key span", fix=fix)
+    return backend
 
 
 Watch = Callable[[float, Tensor, Tensor], None]
@@ -279,9 +298,9 @@ class WanPipeline(WanImageToVideoPipeline):
         """
         return self.codec.grid(frames, *size)
 
-    def null_of(self, conditions: Conditions) -> Conditions:
-        """The same conditions under the empty prompt."""
-        text_LE = self.codec.read([""])[0].to(conditions.text_BLE)
+    def null_of(self, conditions: Conditions, null_LE: Tensor | None = None) -> Conditions:
+        """The same conditions under the empty prompt, whose embedding may be known."""
+        text_LE = (self.codec.read([""])[0] if null_LE is None else null_LE).to(conditions.text_BLE)
         words_B = torch.full_like(conditions.words_B, text_LE.shape[0])
         return replace(conditions, text_BLE=text_LE.expand(len(words_B), -1, -1), words_B=words_B)
 
@@ -422,6 +441,24 @@ class PipelineEditor:
 class TeacherPipeline(WanPipeline):
     """FLF2V: imagine how the first image becomes the last one, for batches of different images."""
 
+    _is_spread = False
+
+    def spread(self, mesh: DeviceMesh) -> None:
+        """Share each forward among the ranks of a mesh with dimensions ring and ulysses, by tokens and by heads.
+
+        All of them must then call this pipeline with the same arguments.
+
+        Raises:
+            ConfigError: the attention backend cannot.
+        """
+        self.backbone.set_attention(spreadable(self.attention), False)
+        # Not the plan's first entry, which is about an argument that the stock forward has.
+        plan = {module: split for module, split in WanBackbone._cp_plan.items() if module}
+        degree = mesh["ulysses"].size()
+        parallel = ContextParallelConfig(ulysses_degree=degree, ulysses_anything=True, mesh=mesh)
+        self.backbone.enable_parallelism(config=parallel, cp_plan=plan)
+        self._is_spread = True
+
     def __call__(
         self,
         first: Sequence[Clip],
@@ -451,24 +488,32 @@ class TeacherPipeline(WanPipeline):
         conditions: Conditions,
         levels: Tensor,
         *,
+        steps: int = 0,
+        shift: float = 0.0,
         solver: Solver = "unipc",
         guidance: Guidance = Guidance(),
         fold: bool = False,
+        null_LE: Tensor | None = None,
     ) -> Trajectory:
-        """Roll out and keep every stop.
+        """Roll out and keep what is at ``levels``.
 
         Args:
             noise_BCthw: x(1), fp32.
-            levels: noise levels [K + 1] to stop at, falling to 0 (flow.union_grid).
+            levels: noise levels [K + 1] to keep, falling to 0 (flow.union_grid).
+            steps: of the solver; 0 for K.
+            shift: spreads the further steps between the levels (flow.refine); 0 for the folder's own.
             fold: see :meth:`EditPipeline.edit_batch`.
+            null_LE: the empty prompt's embedding, where it is known.
         """
         kept: list[tuple[float, Tensor, Tensor]] = []
-        scheduler = scheduler_at(self.scheduler, solver, levels)
+        grid = flow.refine(levels, steps, shift or self.scheduler.config.flow_shift) if steps else levels
+        scheduler, wanted = scheduler_at(self.scheduler, solver, grid), iter(torch.isin(grid, levels).tolist())
 
         def keep(sigma: float, x_BCthw: Tensor, v_BCthw: Tensor) -> None:
-            kept.append((sigma, x_BCthw, v_BCthw))
+            if next(wanted):
+                kept.append((sigma, x_BCthw, v_BCthw))
 
-        end = self._denoise(scheduler, noise_BCthw, conditions, guidance, fold, keep)
+        end = self._denoise(scheduler, noise_BCthw, conditions, guidance, fold, keep, null_LE)
         sigmas, states, velocities = zip(*kept, strict=True)
         x_BKCthw, v_BKCthw = (torch.stack([x.float() for x in xs], dim=1) for xs in (states, velocities))
         return Trajectory(torch.tensor(sigmas), x_BKCthw, v_BKCthw, end.float())
@@ -481,11 +526,13 @@ class TeacherPipeline(WanPipeline):
         guidance: Guidance,
         fold: bool,
         watch: Watch = lambda sigma, x_BCthw, v_BCthw: None,
+        null_LE: Tensor | None = None,
     ) -> Tensor:
-        self.backbone.set_attention(self.attention, fold)
+        if not self._is_spread:  # which new processors would undo
+            self.backbone.set_attention(self.attention, fold)
         device = self._execution_device
         conditions = conditions.to(device)
-        null = self.null_of(conditions) if guidance.scale > 1 else None
+        null = self.null_of(conditions, null_LE) if guidance.scale > 1 else None
         return denoise(self.backbone, scheduler, noise_BCthw.to(device), conditions, null, guidance, watch)
 
 

@@ -1,0 +1,243 @@
+"""The roll-out as one rank sees it: claim a unit, do it, make it safe, until nothing is left to claim."""
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from data_tools.ingest import Size, Triplet
+from data_tools.rollout.config import NO_TEACHER, TYPES, RolloutConfig
+from data_tools.rollout.plan import Plan
+from data_tools.rollout.spool import Made, Spool, Unit
+from data_tools.rollout.work import Models, Worker
+from v4e import config as settings_of
+from v4e import dist
+from v4e.data.disk import plain_folder, readable, writable
+from v4e.data.members import WORDS
+from v4e.errors import ConfigError, DataError
+from v4e.journal import Bar, Journal
+
+LOOK_EVERY_S = 10.0  # how often the set is counted over all ranks, for the progress bar
+
+
+def rollout(triplets: Sequence[Triplet], out: str | Path, config: RolloutConfig) -> Path:
+    """Do one rank's share, and what others leave undone; whoever ends last writes the manifest.
+
+    Triplets of several sizes go into one set each, ``OUT/HEIGHTxWIDTH``.
+
+    Raises:
+        DataError: triplets without a prompt, the folder was begun with other settings or triplets, a finished triplet
+            has changed, too many cannot be used, or the disk is full.
+        CheckpointError: the teacher is missing or damaged.
+    """
+    out = plain_folder(out)
+    if config.teacher != NO_TEACHER and (bare := [t.id for t in triplets if not t.evolution]):
+        raise DataError(f"{len(bare)} triplets have no evolution prompt, {bare[0]} first", fix="run v4e-shards evolve")
+    config, models = _placed(config)
+    groups = by_size(triplets, config)
+    sets = [_Set(models, group, size, _home(out, size, len(groups)), config) for size, group in groups.items()]
+    try:
+        _refuse_changed(sets, config)
+        with _Watch(out, sets, config, writes=config.part == 0 and models.team.leads) as watch:
+            for each in sets:
+                for _ in each.roll():
+                    watch.look()
+        _conclude(sets, config)
+    finally:
+        for each in sets:
+            each.spool.claims.close()
+    return out
+
+
+def by_size(triplets: Sequence[Triplet], config: RolloutConfig) -> dict[Size, list[Triplet]]:
+    """Triplets by the size of their clips, each group in the list's order."""
+    if config.height:
+        return {(config.height, config.width): list(triplets)}
+    groups: dict[Size, list[Triplet]] = {}
+    for triplet in triplets:
+        groups.setdefault(_size_of(triplet), []).append(triplet)
+    return dict(sorted(groups.items()))
+
+
+def _size_of(triplet: Triplet) -> Size:
+    """From the file's head alone."""
+    with readable(f"{triplet.source}, key {triplet.id}"), Image.open(triplet.source) as picture:
+        return picture.height, picture.width
+
+
+def _home(out: Path, size: Size, sizes: int) -> Path:
+    return out if sizes == 1 else out / f"{size[0]}x{size[1]}"
+
+
+def _placed(config: RolloutConfig) -> tuple[RolloutConfig, Models]:
+    """The share that the launcher or Slurm gave this rank, and the device it works on."""
+    ranks = dist.place()
+    team = dist.team(config.span) if config.span > 1 else dist.ALONE
+    if not config.parts:
+        if ranks.world % config.span:
+            raise ConfigError(f"{ranks.world} ranks are no teams of {config.span}", where="key span")
+        config = replace(config, part=ranks.rank // config.span, parts=ranks.world // config.span)
+    return config, Models(config, torch.device(config.device) if config.device else ranks.device, team)
+
+
+class _Set:
+    """The triplets of one size, on their way to a shard folder."""
+
+    def __init__(self, models: Models, triplets: Sequence[Triplet], size: Size, out: Path, config: RolloutConfig):
+        self.worker, self.config = Worker(models, models.grids(size)), config
+        self.plan = Plan(triplets, config.batch, max(1, config.samples_per_shard // config.batch))
+        self.spool = Spool(out, self.plan, self.worker.meta, TYPES[config.stored])
+
+    def roll(self) -> Iterator[int]:
+        """Do every unit that can be claimed; each is told when it is safe."""
+        for unit in self.worker.models.team.in_step(self._turns):
+            outcome = self.worker.work(self.plan.unit(unit))
+            if self.worker.models.team.leads:
+                self.spool.save(unit, outcome)
+            yield unit
+        if self.worker.models.team.leads:
+            for shard in {self.plan.shard_of(u) for u in self.own()}:
+                if not self.spool.is_packed(shard):
+                    self.spool.pack(shard)  # its last unit was saved by a rank that was killed then
+            self.spool.finish()
+
+    def own(self) -> list[int]:
+        return self.plan.share(self.config.part, self.config.parts)
+
+    def _turns(self) -> Iterator[int]:
+        """Claimed units: this rank's own first, then, from the back, what others have not begun."""
+        while True:
+            done = 0
+            for unit in self._order():
+                with self.spool.claims.take(unit) as free:
+                    if free and not self.spool.has(unit):
+                        yield unit
+                        done += 1
+            if not done:
+                return
+
+    def _order(self) -> list[int]:
+        missing = self.spool.missing()
+        own = set(self.own())
+        others = [u for u in reversed(missing) if u not in own]
+        return [u for u in missing if u in own] + others * self.spool.claims.work
+
+    # Changed triplets ----------------------------------------------------------------------------------------------
+
+    def changed(self) -> dict[int, list[str]]:
+        """Own units that are safe but whose triplets are not what they were, each with what is different."""
+        missing, found = set(self.spool.missing()), {}
+        for unit in self.own():
+            if unit not in missing and (faults := self._differences(unit)):
+                found[unit] = faults
+        return found
+
+    def _differences(self, unit: int) -> list[str]:
+        outcome = self._outcome(unit)
+        if outcome is None:
+            return ["its file is damaged"]
+        before = {m.key: m for m in outcome.made}
+        tried = {r.key: r.inputs for r in outcome.rejects}
+        now = {t.id: t for t in self.plan.unit(unit)}
+        made = [_difference(before[key], t, self._inputs(t)) for key, t in now.items() if key in before]
+        again = [f"{k}: was of no use, and has changed" for k, old in tried.items() if self._inputs(now[k]) != old]
+        return [*filter(None, made), *again]
+
+    def _outcome(self, unit: int) -> Unit | None:
+        try:
+            return self.spool.outcome(unit)
+        except DataError:
+            return None
+
+    def _inputs(self, triplet: Triplet) -> str:
+        """Empty where the pictures cannot be read any more, which is no change."""
+        try:
+            return self.worker.inputs(triplet)
+        except OSError:
+            return ""
+
+
+def _difference(before: Made, now: Triplet, inputs: str) -> str:
+    """What is different about a finished triplet, both values side by side; empty when nothing is."""
+    words = json.loads(before.members[WORDS])
+    old = words["origin"]["inputs"]
+    if not inputs or inputs == old:
+        return ""
+    pairs = [(name, words[name], getattr(now, name)) for name in ("instruction", "evolution", "task")]
+    said = [f"{name} was {a!r} and is now {b!r}" for name, a, b in pairs if a != b]
+    return f"{now.id}: " + ("; ".join(said) or f"its pictures have changed (inputs were {old} and are now {inputs})")
+
+
+def _refuse_changed(sets: Sequence[_Set], config: RolloutConfig) -> None:
+    """A result whose triplet has changed is never reused: refuse to go on, or forget it."""
+    for each in sets:
+        changed = each.changed()
+        faults = [fault for unit in changed.values() for fault in unit]
+        if faults and config.changed == "refuse":
+            raise DataError(
+                f"{len(faults)} finished triplets are not what they were: {'; '.join(faults[:3])}",
+                where=str(each.spool.folder),
+                fix="put the old ones back, or do these again with changed=reroll",
+            )
+        for unit in changed:
+            each.spool.drop(unit)
+
+
+def _conclude(sets: Sequence[_Set], config: RolloutConfig) -> None:
+    """Say what was of no use, once everything else is safe."""
+    rejects = [r for each in sets for r in each.spool.rejects()]
+    total = sum(len(each.plan.triplets) for each in sets)
+    whole = not any(each.spool.missing() for each in sets)
+    if whole and len(rejects) > config.max_reject_fraction * total:
+        raise DataError(
+            f"{len(rejects)} of {total} triplets could not be used, all others are written: {rejects[0].key}: "
+            f"{rejects[0].reason}",
+            where=f"{sets[0].spool.folder}/*_rejects.jsonl",
+            fix="mend them and run again with changed=reroll, or allow them with max_reject_fraction",
+        )
+
+
+class _Watch:
+    """Progress over all ranks, counted on the disk, since ranks may die and be added."""
+
+    def __init__(self, out: Path, sets: Sequence[_Set], config: RolloutConfig, writes: bool) -> None:
+        self._sets, self._looked, self._began = sets, time.monotonic(), time.monotonic()
+        self._total, done = sum(len(s.plan.triplets) for s in sets), self._done()
+        old = (out / "journal" / "journal.jsonl").exists()
+        with writable(out):
+            self._journal = Journal(
+                out / "journal",
+                config.wandb,
+                settings_of.to_dict(config),
+                resume_step=done if old else None,
+                writes=writes,
+            )
+        self._open = self._journal.bar("roll out" if sets[0].worker.models.rolls else "encode", self._total, done)
+
+    def __enter__(self) -> "_Watch":
+        self._bar: Bar = self._open.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if not any(error):
+            self.look(always=True)
+        self._open.__exit__(None, None, None)
+        self._journal.close(int(any(error)))
+
+    def look(self, always: bool = False) -> None:
+        """Count now and then; counting a big set at each unit would cost more than it tells."""
+        now = time.monotonic()
+        if not self._journal.writes or (now - self._looked < LOOK_EVERY_S and not always):
+            return
+        self._looked, done = now, self._done()
+        numbers = {"rejects": sum(len(s.spool.rejects()) for s in self._sets)}
+        self._bar.advance(done - self._bar.done, **numbers)
+        numbers |= {"samples": done, "samples_per_second": self._bar.rate, "seconds_left": self._bar.left_s}
+        self._journal.log(done, numbers)
+
+    def _done(self) -> int:
+        return sum(len(s.plan.unit(u)) for s in self._sets for u in set(s.plan.units) - set(s.spool.missing()))

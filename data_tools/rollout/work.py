@@ -1,0 +1,188 @@
+"""A unit of triplets to the members of its samples: read, encode, roll out, pack."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+
+from data_tools.ingest import Size, Triplet
+from data_tools.rollout.config import NO_TEACHER, TYPES, RolloutConfig
+from data_tools.rollout.encode import TOOL, Encoder, Evolving, Grids, content_hash, padded, sample_of
+from data_tools.rollout.spool import Made, Reject, Unit
+from v4e import dist
+from v4e.data.collate import teacher_conditions
+from v4e.data.disk import digest_of, hash_of, to_json
+from v4e.data.members import pack
+from v4e.data.shards import FORMAT, SetMeta
+from v4e.errors import DataError
+from v4e.models.codec import WanCodec
+from v4e.nouns import Clip, Encoded, Origin, Rollout, Sample, seed_of
+from v4e.pipelines import CODEC_PARTS, BatchCodec, TeacherPipeline, Trajectory, noise_of
+
+
+class Models:
+    """Teacher and codec of a roll-out, loaded when first used: a finished set needs neither."""
+
+    def __init__(self, config: RolloutConfig, device: torch.device, team: dist.Team = dist.ALONE) -> None:
+        self.config, self.device, self.team = config, device, team
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        self.source = config.codec or config.teacher
+        self.rolls = config.teacher != NO_TEACHER
+        self.hashes = {
+            "codec": content_hash(self.source, CODEC_PARTS),
+            "teacher": content_hash(config.teacher) if self.rolls else "",
+        }
+
+    @cached_property
+    def teacher(self) -> TeacherPipeline:
+        config = self.config
+        teacher = TeacherPipeline.from_pretrained(config.teacher, dtype=TYPES[config.dtype], attention=config.attention)
+        teacher.set_progress_bar_config(disable=True)
+        if self.team.mesh is not None:
+            teacher.spread(self.team.mesh)
+        return teacher.to(self.device)
+
+    @cached_property
+    def codec(self) -> WanCodec:
+        """Reads its folder's configs alone until it is used."""
+        codec = WanCodec.load(self.source, self.device)
+        return codec if self.config.batch == 1 else BatchCodec.over(codec)
+
+    def grids(self, size: Size) -> Grids:
+        """Of a picture size.
+
+        Raises:
+            ShapeError: sizes or frames that the models cannot make.
+        """
+        student = self.codec.grid(self.config.student_frames, *size)
+        return Grids(student, student.with_frames(self.config.teacher_frames if self.rolls else student.T))
+
+
+@dataclass(frozen=True)
+class Worker:
+    """What turns units of triplets of one size into samples."""
+
+    models: Models
+    grids: Grids
+
+    @staticmethod
+    def load(config: RolloutConfig, size: Size) -> "Worker":
+        """A worker by itself, on the best device there is."""
+        models = Models(config, torch.device(config.device) if config.device else dist.place().device)
+        return Worker(models, models.grids(size))
+
+    @property
+    def config(self) -> RolloutConfig:
+        return self.models.config
+
+    @cached_property
+    def encode(self) -> Encoder:
+        return Encoder(self.models.codec, self.grids)
+
+    @cached_property
+    def origin(self) -> Origin:
+        config, hashes = self.config, self.models.hashes
+        name = f"{config.teacher} {hashes['teacher']}" if self.models.rolls else ""
+        return Origin(config.dataset, config.licence, name, config.seed, TOOL)
+
+    @cached_property
+    def meta(self) -> SetMeta:
+        """What the set is; all that changes a sample's bytes is in it but the triplet itself."""
+        values = {**self.config.settings, **self.models.hashes, "format": FORMAT}
+        return SetMeta("rollout" if self.models.rolls else "encoded", *self.grids, values)
+
+    def inputs(self, triplet: Triplet) -> str:
+        """A hash of everything that determines a sample.
+
+        Raises:
+            DataError: a picture is not there.
+        """
+        return hash_of(to_json([self.meta.settings_hash, *_content(triplet)]))
+
+    def work(self, triplets: Sequence[Triplet]) -> Unit:
+        """One unit: the same triplets make the same bytes. What cannot be used is told apart, not raised."""
+        began, team = time.monotonic(), self.models.team
+        read = team.follow([self._read(t) for t in triplets] if team.leads else [])
+        good = [r for r in read if isinstance(r, _Pair)]
+        packed = [self._pack(sample) for sample in self._samples(good)] if good else []
+        return Unit(
+            [m for m in packed if isinstance(m, Made)],
+            [r for r in [*read, *packed] if isinstance(r, Reject)],
+            round(time.monotonic() - began, 3),
+        )
+
+    def _read(self, triplet: Triplet) -> "_Pair | Reject":
+        """Both pictures; decoders of broken files raise whatever they meet."""
+        inputs, size = "", (self.grids.student.H, self.grids.student.W)
+        try:
+            inputs = self.inputs(triplet)
+            return _Pair(triplet, inputs, triplet.read_source(size), triplet.read_target(size))
+        except Exception as error:
+            return Reject(triplet.id, f"{type(error).__name__}: {error}", inputs)
+
+    def _samples(self, pairs: Sequence["_Pair"]) -> list[Sample]:
+        items = padded([self._item(pair) for pair in pairs], self.config.batch)
+        encoded = self.encode(items)
+        rolled = self._roll(items, encoded) if self.models.rolls else [None] * len(items)
+        made = zip(pairs, items, encoded, rolled, strict=False)  # the padding is dropped
+        return [
+            replace(
+                sample_of(item, e, r, replace(self.origin, inputs=pair.inputs, writer=pair.triplet.writer)),
+                source=pair.source,
+                target=pair.target,
+            )
+            for pair, item, e, r in made
+        ]
+
+    def _item(self, pair: "_Pair") -> Evolving:
+        """The student's clip: the source, then the edit held still."""
+        clip = Clip.join([pair.source, *[pair.target] * (self.grids.student.T - 1)])
+        t = pair.triplet
+        return Evolving(t.id, clip, t.evolution, t.instruction, t.task)
+
+    def _roll(self, items: Sequence[Evolving], encoded: Sequence[Encoded]) -> list[Rollout]:
+        config = self.config
+        seeds = [seed_of(config.seed, item.key, "noise") for item in items]
+        trajectory = self.models.teacher.rollout(
+            noise_of(seeds, *encoded[0].teacher_known_Cthw.shape),
+            teacher_conditions(encoded),
+            config.levels,
+            steps=config.steps,
+            shift=config.shift,
+            solver=config.solver,
+            guidance=config.guide,
+            fold=config.fold_text_padding,
+            null_LE=encoded[0].null_LE,
+        )
+        return [self._kept(trajectory, b) for b in range(len(items))]
+
+    def _kept(self, path: Trajectory, b: int) -> Rollout:
+        """One sample's path, restricted to the latent frames the student makes."""
+        frames = list(self.grids.teacher.shared_frames(self.grids.student))
+        x, v, end = path.x_BKCthw[b], path.v_BKCthw[b], path.end_BCthw[b]
+        full = x if self.config.keep_full else x[:0]
+        return Rollout(path.sigma_K, x[:, :, frames], v[:, :, frames], full, end[:, frames])
+
+    def _pack(self, sample: Sample) -> Made | Reject:
+        """A teacher may also say something that is not finite."""
+        try:
+            return Made(sample.key, sample.task, pack(sample, TYPES[self.config.stored]))
+        except DataError as error:
+            return Reject(sample.key, str(error), sample.origin.inputs)
+
+
+@dataclass(frozen=True)
+class _Pair:
+    triplet: Triplet
+    inputs: str
+    source: Clip
+    target: Clip
+
+
+def _content(triplet: Triplet) -> list[str]:
+    """A triplet by its content: words, and the bytes of its pictures."""
+    pictures = [digest_of(path.read_bytes()).hex() for path in (triplet.source, triplet.edited)]
+    return [triplet.id, triplet.instruction, triplet.evolution, triplet.task, *pictures]
