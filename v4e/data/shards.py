@@ -14,8 +14,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar, overload
 
 import numpy as np
 import torch
@@ -26,21 +27,39 @@ from v4e.data.disk import (
     digest_of,
     hash_of,
     lock,
-    plain_folder,
-    read_bytes,
     readable,
+    scratch,
     settle,
     to_json,
     writable,
     write_atomically,
 )
 from v4e.data.members import MEMBERS, PICTURES, check_key, pack, unpack
+from v4e.data.places import (
+    NotFoundError,
+    Place,
+    exists,
+    is_remote,
+    listable,
+    make_folder,
+    place,
+    put_new,
+    read_bytes,
+    read_many,
+    read_range,
+    remove,
+    sizes,
+)
 from v4e.errors import ConfigError, DataError
 from v4e.nouns import Grid, Sample
 
 FORMAT = 1
 SHARD = re.compile(r"\d{3,}-\d{6,}\.tar")
 BLOCK = tarfile.BLOCKSIZE
+INDEXED = 300_000  # samples of which an open set keeps the index in memory, about 75 MB
+GAP = {False: 4096, True: 1 << 20}  # bytes that are rather read than skipped, on a disk and over a network
+P = TypeVar("P", Path, Place)
+_COLUMN = {kind: column for column, kind in enumerate(MEMBERS)}
 _REDO = "copy it again, or delete this shard, its index and manifest.json and run the command that wrote the set again"
 
 Setting = str | int | float | bool
@@ -99,24 +118,31 @@ class Member:
 
 
 class Index:
-    """Where each member of one shard lies; held as arrays, about 200 bytes a sample.
+    """Where each member of one shard lies; held as arrays, about 250 bytes a sample.
+
+    Args:
+        path: of the index file.
+        content: of the file, where it was read already.
 
     Raises:
         DataError: unreadable, or it names a key or a kind of member that cannot be.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.where, self.bytes = str(path), 0
+    def __init__(self, path: Place, content: bytes | None = None) -> None:
+        self.where = str(path)
+        content = read_bytes(path) if content is None else content
         with readable(self.where):
-            body = json.loads(read_bytes(path))
+            body = json.loads(content)
             rows, self.bytes = body["samples"], int(body["bytes"])
             self.keys = [str(key) for key, _ in rows]
+            at = [(row, _COLUMN[kind]) for row, (_, members) in enumerate(rows) for kind in members]
+            found = [member for _, members in rows for member in members.values()]
+            where = tuple(np.array(at, dtype=np.intp).reshape(-1, 2).T)
             self._place = np.full((len(rows), len(MEMBERS), 2), -1, dtype=np.int64)
+            self._place[where] = np.array([m[:2] for m in found], dtype=np.int64).reshape(-1, 2)
             self._hash = np.zeros((len(rows), len(MEMBERS), 16), dtype=np.uint8)
-            for row, (_, members) in enumerate(rows):
-                for kind, (offset, size, digest) in members.items():
-                    self._place[row, MEMBERS.index(kind)] = offset, size
-                    self._hash[row, MEMBERS.index(kind)] = np.frombuffer(bytes.fromhex(digest), np.uint8)
+            digests = b"".join(bytes.fromhex(digest) for _, _, digest in found)
+            self._hash[where] = np.frombuffer(digests, np.uint8).reshape(-1, 16)
         for key in self.keys:
             check_key(key, self.where)
 
@@ -125,7 +151,7 @@ class Index:
 
     def member(self, row: int, kind: str) -> Member | None:
         """Where the row's member of this kind lies; None when the sample has none."""
-        column = MEMBERS.index(kind)
+        column = _COLUMN[kind]
         offset, size = self._place[row, column].tolist()
         return None if offset < 0 else Member(offset, size, self._hash[row, column].tobytes())
 
@@ -143,7 +169,7 @@ class ShardWriter:
     Use as a context manager: leaving it well writes the manifest, leaving it by an error drops the shard begun.
 
     Args:
-        folder: made when missing.
+        folder: a local one, made when missing, or a URL; shards for a URL are made in a local folder and uploaded.
         meta: what the set is; must equal the one the folder was begun with.
         samples_per_shard: samples after which a shard is finished.
         max_bytes: finish it earlier when it has grown to this size; 0 for never.
@@ -168,18 +194,21 @@ class ShardWriter:
     ) -> None:
         if samples_per_shard < 1:
             raise ConfigError(f"samples_per_shard = {samples_per_shard} must be at least 1")
-        self.folder, self.meta, self.dtype, self.part = plain_folder(folder), meta, dtype, part
+        self.folder, self.meta, self.dtype, self.part = place(folder), meta, dtype, part
         self.samples_per_shard, self.max_bytes, self._manifest = samples_per_shard, max_bytes, manifest
         with writable(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = lock(self.folder / f".lock-{part:03d}")
+            make_folder(self.folder)
+            self._scratch = scratch(self.folder)
+        self._lock = lock(self._scratch / f".lock-{part:03d}")  # of other machines that write to a URL, see put_new
         self._shard: _Shard | None = None
         with self._dropping_on_error():
             layout = {"samples_per_shard": samples_per_shard, "max_bytes": max_bytes, "dtype": str(dtype)}
             agree(self.folder / "settings.json", {**meta.to_dict(), "layout": layout})
-            self._finished = set(finished(self.folder))
+            self._finished, self.done = set[str](), set[str]()
+            for name, index in finished_indexes(self.folder):
+                self._finished.add(name)
+                self.done.update(index.keys)
             self._drop_unfinished()
-            self.done = {key for name in self._finished for key in Index(index_path(self.folder / name)).keys}
 
     def __enter__(self) -> "ShardWriter":
         return self
@@ -196,14 +225,20 @@ class ShardWriter:
         Raises:
             DataError: its key was written before or is no legal name, a tensor is not finite, the disk is full.
         """
-        check_key(sample.key, str(self.folder))
-        if sample.key in self.done:
-            raise DataError(f"key {sample.key!r} was written before", where=str(self.folder), fix="make the ids unique")
-        members = pack(sample, self.dtype)
+        self._refuse_key(sample.key)
+        self.add_packed(sample.key, sample.task, pack(sample, self.dtype))
+
+    def add_packed(self, key: str, task: str, members: Mapping[str, bytes]) -> None:
+        """Append a sample as :func:`pack` made it, or as another set holds it.
+
+        Raises:
+            DataError: its key was written before or is no legal name, the disk is full.
+        """
+        self._refuse_key(key)
         with self._dropping_on_error():
             self._shard = self._shard or self._begin()
-            self._shard.add(sample.key, sample.task, members)
-        self.done.add(sample.key)
+            self._shard.add(key, task, members)
+        self.done.add(key)
         if len(self._shard) >= self.samples_per_shard or 0 < self.max_bytes <= self._shard.size:
             self.flush()
 
@@ -232,19 +267,24 @@ class ShardWriter:
             self._shard = None
         self._lock.close()
 
+    def _refuse_key(self, key: str) -> None:
+        check_key(key, str(self.folder))
+        if key in self.done:
+            raise DataError(f"key {key!r} was written before", where=str(self.folder), fix="make the ids unique")
+
     def _begin(self) -> "_Shard":
-        (self.folder / "manifest.json").unlink(missing_ok=True)  # the set is growing: no longer whole
+        remove(self.folder / "manifest.json")  # the set is growing: no longer whole
         names = (f"{self.part:03d}-{number:06d}.tar" for number in range(len(self._finished) + 1))
         return _Shard(self.folder / next(name for name in names if name not in self._finished))
 
     def _drop_unfinished(self) -> None:
         """Remove what a killed writer of this part left: temporary files, and tars whose index never came."""
-        for path in self.folder.glob(f"{TEMPORARY}{self.part:03d}-*"):
+        for path in self._scratch.glob(f"{TEMPORARY}{self.part:03d}-*"):
             path.unlink()
-        for path in self.folder.glob(f"{self.part:03d}-*.tar"):
-            if path.name not in self._finished:
-                path.unlink()
-                index_path(path).unlink(missing_ok=True)
+        for name in sizes(self.folder):
+            if name.startswith(f"{self.part:03d}-") and SHARD.fullmatch(name) and name not in self._finished:
+                remove(self.folder / name)
+                remove(index_path(self.folder / name))
 
     @contextmanager
     def _dropping_on_error(self) -> Iterator[None]:
@@ -257,7 +297,7 @@ class ShardWriter:
             raise
 
 
-def write_shard(path: Path, samples: Iterable[tuple[str, str, Mapping[str, bytes]]], seconds: float = 0.0) -> None:
+def write_shard(path: Place, samples: Iterable[tuple[str, str, Mapping[str, bytes]]], seconds: float = 0.0) -> None:
     """A whole shard of packed samples, each a key, a task and members; ``seconds`` went into making them."""
     shard = _Shard(path, seconds)
     try:
@@ -269,15 +309,23 @@ def write_shard(path: Path, samples: Iterable[tuple[str, str, Mapping[str, bytes
         raise
 
 
-class _Shard:
-    """One tar being written under a temporary name."""
+def tar_header(name: str, size: int) -> bytes:
+    """A member's header; owner, mode and time keep their defaults, so that the same samples make the same bytes."""
+    header = tarfile.TarInfo(name)
+    header.size = size
+    return header.tobuf(tarfile.USTAR_FORMAT)
 
-    def __init__(self, path: Path, seconds: float = 0.0) -> None:
+
+class _Shard:
+    """One tar being written under a temporary name, in the folder itself or, for a URL, in a local one."""
+
+    def __init__(self, path: Place, seconds: float = 0.0) -> None:
         self.path, self.keys, self.size = path, [], 0
         self._rows: list[list[object]] = []
         self._counts, self._tasks = Counter[str](), Counter[str]()
         self._began = time.monotonic() - seconds
-        self._temporary = path.with_name(f"{TEMPORARY}{path.name}")
+        self._temporary = scratch(path.parent) / f"{TEMPORARY}{path.name}"
+        self._placed: list[Place] = []
         self._file = open(self._temporary, "wb", buffering=1 << 20)  # noqa: SIM115  (closed by finish or drop)
 
     def __len__(self) -> int:
@@ -291,26 +339,37 @@ class _Shard:
         self._tasks[task] += 1
 
     def finish(self) -> None:
-        """Tar, then index: the index is what says that the shard is whole."""
+        """Tar, statistics, index: the index is what says that the shard is whole."""
         self._file.write(bytes(2 * BLOCK))
         self.size += 2 * BLOCK
         settle(self._file)
         self._file.close()
-        os.replace(self._temporary, self.path)
+        self._place(self.path, self._temporary)
         write_atomically(self.path.with_name(f"{self.path.stem}_stats.json"), to_json(self._stats()))
-        write_atomically(index_path(self.path), to_json({"format": FORMAT, "bytes": self.size, "samples": self._rows}))
+        self._place(index_path(self.path), to_json({"format": FORMAT, "bytes": self.size, "samples": self._rows}))
+        self._temporary.unlink(missing_ok=True)
 
     def drop(self) -> None:
         """Take away all traces; a full disk may also have stopped the index after the tar."""
         with suppress(OSError):  # its buffer may have nowhere to go
             self._file.close()
-        for path in (self._temporary, self.path):
-            path.unlink(missing_ok=True)
+        self._temporary.unlink(missing_ok=True)
+        with suppress(DataError):  # a store that refused the index may refuse this too; the next writer removes it
+            for path in self._placed:
+                remove(path)
+
+    def _place(self, path: Place, source: Path | bytes) -> None:
+        """Show a file under its name, never over another writer's."""
+        if is_remote(path):
+            put_new(path, source)
+        elif isinstance(source, bytes):
+            write_atomically(path, source)
+        else:
+            os.replace(source, path)
+        self._placed.append(path)
 
     def _put(self, name: str, content: bytes) -> list[object]:
-        header = tarfile.TarInfo(name)  # owner, mode and time keep their defaults: the same samples make the same bytes
-        header.size = len(content)
-        self._file.write(header.tobuf(tarfile.USTAR_FORMAT))
+        self._file.write(tar_header(name, len(content)))
         self._file.write(content)
         self._file.write(bytes(-len(content) % BLOCK))
         place = self.size + BLOCK
@@ -335,15 +394,17 @@ def finish(folder: str | Path) -> "ShardSet":
     Raises:
         DataError: nothing was begun there, or two shards hold the same key.
     """
-    folder = plain_folder(folder)
+    folder = place(folder)
     settings = folder / "settings.json"
-    if not settings.is_file():
+    if not exists(settings):
         raise DataError("no set was begun here", where=str(folder), fix="write shards first, with v4e-shards rollout")
     with readable(str(settings)):
         meta = SetMeta.from_dict(json.loads(read_bytes(settings)), str(settings))
-    indexes = {name: Index(index_path(folder / name)) for name in finished(folder)}
-    refuse_doubles({name: index.keys for name, index in indexes.items()}, folder)
-    shards = [ShardInfo(n, len(i), i.bytes, hash_of(read_bytes(index_path(folder / n)))) for n, i in indexes.items()]
+    shards, hashes = [], []
+    for name, content, index in _whole_shards(folder):
+        shards.append(ShardInfo(name, len(index), index.bytes, hash_of(content)))
+        hashes.append(_key_hashes(index))
+    _refuse_doubles(folder, [s.name for s in shards], hashes)
     manifest = {
         "format": FORMAT,
         **meta.to_dict(),
@@ -359,45 +420,57 @@ def finish(folder: str | Path) -> "ShardSet":
 class ShardSet:
     """A whole set, read at random by offset; holds no open files, so it may cross threads and forks.
 
+    Opening reads the manifest and lists the folder; a shard's index is read, and held against the manifest, when the
+    first of its samples is wanted. So a million samples open as fast as a thousand, and take as much memory.
+
     Attributes:
         folder, meta, shards: where it is, what it is, what it is made of.
-        keys: every sample's key, in the set's order.
     """
 
-    def __init__(self, folder: Path, meta: SetMeta, shards: Sequence[ShardInfo]) -> None:
+    def __init__(self, folder: Place, meta: SetMeta, shards: Sequence[ShardInfo]) -> None:
         self.folder, self.meta, self.shards = folder, meta, tuple(shards)
-        self.indexes = [Index(index_path(folder / s.name)) for s in shards]
-        self._starts = np.cumsum([0, *(len(i) for i in self.indexes)])
-        self.keys: list[str] = [key for index in self.indexes for key in index.keys]
+        self._starts = np.cumsum([0, *(s.samples for s in shards)])
+        largest = max((s.samples for s in shards), default=1)
+        self.index = lru_cache(maxsize=max(8, INDEXED // max(1, largest)))(self._read_index)
 
     @staticmethod
-    def open(folder: str | Path, verify: Literal["index", "none"] = "index") -> "ShardSet":
-        """Read the manifest and the indexes.
+    def open(folder: str | Place, verify: Literal["sizes", "index", "none"] = "sizes") -> "ShardSet":
+        """Read the manifest.
 
         Args:
-            folder: a local folder.
-            verify: ``index`` compares each index's hash and each tar's size with the manifest, and refuses a key met
-                twice; it reads no sample. ``none`` leaves damage to be found sample by sample.
+            folder: a local folder or a URL.
+            verify: ``sizes`` looks in the folder's listing whether each tar is there and has its size (http has no
+                listings: there nothing is looked at); ``index`` also reads every index and refuses a key met twice;
+                ``none`` leaves damage to be found sample by sample.
 
         Raises:
             DataError: no manifest, another format, a missing, changed or truncated shard.
         """
-        folder = plain_folder(folder)
-        meta, shards = read_manifest(folder)
-        for shard in shards if verify == "index" else ():
-            check_shard(folder, shard)
-        whole = ShardSet(folder, meta, shards)
+        folder = place(folder)
+        whole = ShardSet(folder, *read_manifest(folder))
+        if verify != "none" and listable(folder):
+            check_sizes(folder, whole.shards)
         if verify == "index":
             whole.refuse_doubles()
         return whole
 
     def __len__(self) -> int:
-        return len(self.keys)
+        return int(self._starts[-1])
+
+    @property
+    def keys(self) -> "Keys":
+        """Every sample's key, in the set's order."""
+        return Keys(self)
+
+    @property
+    def indexes(self) -> Iterator[Index]:
+        """Every shard's index, one after the other."""
+        return map(self.index, range(len(self.shards)))
 
     @property
     def identity(self) -> str:
         """Sixteen hex digits that change when any byte of the set does: what a checkpoint should remember."""
-        return hash_of(to_json([self.meta.settings_hash, [asdict(s) for s in self.shards]]))[:16]
+        return hash_of(to_json([self.meta.settings_hash, [vars(s) for s in self.shards]]))[:16]
 
     def locate(self, i: int) -> tuple[int, int]:
         """Number of the shard that holds sample ``i``, and its row there."""
@@ -408,14 +481,22 @@ class ShardSet:
         """Where sample ``i`` is, in words for a message."""
         return f"{self.folder / self.shards[self.locate(i)[0]].name}, key {self.keys[i]}"
 
+    def name(self, i: int) -> str:
+        """The key of sample ``i``, or shard and row where the index that knows it is damaged."""
+        try:
+            return self.keys[i]
+        except DataError:
+            shard, row = self.locate(i)
+            return f"{self.shards[shard].name.removesuffix('.tar')}-row-{row}"
+
     def refuse_doubles(self) -> None:
-        """DataError naming a key that two samples share, and their shards."""
-        refuse_doubles({s.name: i.keys for s, i in zip(self.shards, self.indexes, strict=True)}, self.folder)
+        """DataError naming a key that two samples share, and their shards; reads every index."""
+        _refuse_doubles(self.folder, [s.name for s in self.shards], [_key_hashes(i) for i in self.indexes])
 
     def kinds(self, i: int) -> list[str]:
         """Kinds of members that sample ``i`` has."""
         shard, row = self.locate(i)
-        return list(self.indexes[shard].members(row))
+        return list(self.index(shard).members(row))
 
     def raw(self, i: int, kind: str) -> bytes | None:
         """One member's bytes, checked against their hash; None when the sample has no such member.
@@ -423,9 +504,18 @@ class ShardSet:
         Raises:
             DataError: the shard is missing or cut short, or the bytes are not those that were written.
         """
+        content = self.members(i, [kind]).get(kind)
+        return None if content is None else bytes(content)
+
+    def members(self, i: int, kinds: Sequence[str] = MEMBERS) -> dict[str, memoryview]:
+        """The bytes of those members that a sample has, checked against their hashes; neighbours are read at once.
+
+        Raises:
+            DataError: the shard is missing or cut short, or the bytes are not those that were written.
+        """
         shard, row = self.locate(i)
-        member = self.indexes[shard].member(row, kind)
-        return member and _read_member(self.folder / self.shards[shard].name, member, f"{self.place(i)}.{kind}")
+        wanted = {kind: m for kind in kinds if (m := self.index(shard).member(row, kind))}
+        return _read_members(self.folder / self.shards[shard].name, self.keys[i], wanted)
 
     def sample(self, i: int, pictures: bool = False) -> Sample:
         """Read one sample; tensors as they were stored, pictures only when asked for.
@@ -434,22 +524,92 @@ class ShardSet:
             DataError: naming shard and key, when any of the bytes read is damaged.
         """
         kinds = [k for k in MEMBERS if pictures or k not in PICTURES]
-        return unpack(self.keys[i], {k: m for k in kinds if (m := self.raw(i, k)) is not None}, self.place(i))
+        return unpack(self.keys[i], self.members(i, kinds), self.place(i))
+
+    def _read_index(self, shard: int) -> Index:
+        """A shard's index, held against the manifest."""
+        info = self.shards[shard]
+        path = index_path(self.folder / info.name)
+        if hash_of(content := read_bytes(path)) != info.index:
+            raise DataError("the index is not the one the manifest names", where=str(path), fix=_REDO)
+        if len(index := Index(path, content)) != info.samples:
+            raise DataError(f"does not hold {info.samples} samples", where=str(path), fix=_REDO)
+        return index
 
 
-def refuse_doubles(keys: Mapping[str, Sequence[str]], folder: Path) -> None:
-    """DataError naming a key that two samples share, and their shards."""
+class Keys(Sequence[str]):
+    """The keys of a set, in its order; each is looked up when it is asked for."""
+
+    def __init__(self, of: ShardSet) -> None:
+        self._set = of
+
+    def __len__(self) -> int:
+        return len(self._set)
+
+    @overload
+    def __getitem__(self, i: int) -> str: ...
+    @overload
+    def __getitem__(self, i: slice) -> list[str]: ...
+    def __getitem__(self, i: int | slice) -> str | list[str]:
+        if isinstance(i, slice):
+            return [self[k] for k in range(len(self))[i]]
+        shard, row = self._set.locate(range(len(self))[i])
+        return self._set.index(shard).keys[row]
+
+    def __iter__(self) -> Iterator[str]:
+        return (key for index in self._set.indexes for key in index.keys)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]  (as a list's)
+
+
+def _key_hashes(index: Index) -> np.ndarray:
+    """Python's own 64-bit hash of each key: eight bytes a sample, where the keys would take a hundred."""
+    return np.fromiter(map(hash, index.keys), np.int64, len(index))
+
+
+def _refuse_doubles(folder: Place, names: Sequence[str], hashes: Sequence[np.ndarray]) -> None:
+    """DataError naming a key that two samples share, and their shards.
+
+    Args:
+        hashes: of each shard's keys. Where two are equal, the indexes are read again and the keys themselves compared.
+    """
+    if not hashes:
+        return
+    every = np.sort(np.concatenate(hashes))
+    suspects = set(every[1:][every[1:] == every[:-1]].tolist())
     seen: dict[str, str] = {}
-    for shard, names in keys.items():
-        for key in names:
+    for name, part in zip(names, hashes, strict=True):
+        if suspects.isdisjoint(part.tolist()) if suspects else True:
+            continue
+        for key in Index(index_path(folder / name)).keys:
             if key in seen:
-                raise DataError(f"key {key!r} occurs twice, in {seen[key]} and {shard}", where=str(folder))
-            seen[key] = shard
+                raise DataError(f"key {key!r} occurs twice, in {seen[key]} and {name}", where=str(folder))
+            seen[key] = name
 
 
-def finished(folder: Path) -> list[str]:
+def finished(folder: Place) -> list[str]:
     """Names of the shards that are whole: their index exists and agrees with the tar's size."""
-    return sorted(path.name for path in folder.glob("*.tar") if SHARD.fullmatch(path.name) and _is_whole(path))
+    return [name for name, _ in finished_indexes(folder)]
+
+
+def finished_indexes(folder: Place) -> Iterator[tuple[str, Index]]:
+    """The shards that are whole, in the order of their names, with their indexes."""
+    return ((name, index) for name, _, index in _whole_shards(folder))
+
+
+def _whole_shards(folder: Place) -> Iterator[tuple[str, bytes, Index]]:
+    """Names, index files and indexes; from one listing, and from a store many indexes at a time."""
+    there = sizes(folder)
+    names = sorted(n for n in there if SHARD.fullmatch(n) and index_path(Path(n)).name in there)
+    contents = read_many(index_path(folder / name) for name in names)
+    for name, content in zip(names, contents, strict=True):
+        with suppress(DataError):  # a torn index is none
+            index = Index(index_path(folder / name), content)
+            if index.bytes == there[name]:
+                yield name, content, index
 
 
 def _grid(values: Mapping) -> Grid:
@@ -463,20 +623,38 @@ def read_manifest(folder: Path) -> tuple[SetMeta, list[ShardInfo]]:
         DataError: no folder, no manifest, another format, or names that are no shard's.
     """
     path = folder / "manifest.json"
-    if not folder.is_dir():
+    if not is_remote(folder) and not folder.is_dir():
         raise DataError("no such shard folder", where=str(folder), fix="make it with v4e-shards rollout")
-    if not path.is_file():
+    try:
+        content = read_bytes(path)
+    except NotFoundError as error:
+        why = f", or nothing is there ({error.what})" if is_remote(folder) else ""
         raise DataError(
-            "no manifest.json, the set is unfinished", where=str(folder), fix="run again the command that wrote it"
-        )
+            f"no manifest.json, the set is unfinished{why}",
+            where=str(folder),
+            fix="run again the command that wrote it",
+        ) from error
     with readable(str(path)):
-        body = json.loads(read_bytes(path))
+        body = json.loads(content)
         if body["format"] != FORMAT:
             raise DataError(f"format {body['format']}, but this v4e reads format {FORMAT}", where=str(path))
         shards = [ShardInfo(**s) for s in body["shards"]]
     if strange := [s.name for s in shards if not SHARD.fullmatch(s.name)]:
         raise DataError(f"{strange[0]!r} is no shard's name", where=str(path))
     return SetMeta.from_dict(body, str(path)), shards
+
+
+def check_sizes(folder: Place, shards: Iterable[ShardInfo]) -> None:
+    """Each tar is there, of the size in the manifest, and has an index: from one listing. DataError naming the file."""
+    there = sizes(folder)
+    for shard in shards:
+        path = folder / shard.name
+        if shard.name not in there:
+            raise DataError("the shard is missing", where=str(path), fix=_REDO)
+        if (size := there[shard.name]) != shard.bytes:
+            raise DataError(f"the shard is cut short: {size} bytes of {shard.bytes}", where=str(path), fix=_REDO)
+        if (index := index_path(Path(shard.name)).name) not in there:
+            raise DataError("cannot be read: the index is missing", where=str(folder / index), fix=_REDO)
 
 
 def check_shard(folder: Path, shard: ShardInfo) -> None:
@@ -490,13 +668,35 @@ def check_shard(folder: Path, shard: ShardInfo) -> None:
         raise DataError(f"the shard is cut short: {size} bytes of {shard.bytes}", where=str(path), fix=_REDO)
 
 
-def _read_member(path: Path, member: Member, where: str) -> bytes:
-    """pread and not mmap: a file cut short while mapped kills the process instead of raising an error."""
-    try:
-        with open(path, "rb", buffering=0) as file:
-            content = os.pread(file.fileno(), member.size, member.offset)
-    except OSError as error:
-        raise DataError(f"cannot be read: {error.strerror}", where=where) from error
+def _read_members(path: Place, key: str, wanted: Mapping[str, Member]) -> dict[str, memoryview]:
+    """The members of one sample, in as few reads as their places allow."""
+    found = {}
+    for run in _runs(list(wanted.items()), GAP[is_remote(path)]):
+        start, end = run[0][1].offset, run[-1][1].offset + run[-1][1].size
+        where = f"{path}, key {key}"
+        try:
+            content = memoryview(read_range(path, start, end - start))
+        except DataError as error:
+            raise DataError(error.what, where=f"{where}.{run[0][0]}", fix=error.fix) from error
+        for kind, m in run:
+            part = content[m.offset - start : m.offset - start + m.size]
+            found[kind] = _checked(part, m, f"{where}.{kind}")
+    return found
+
+
+def _runs(wanted: Sequence[tuple[str, Member]], gap: int) -> Iterator[list[tuple[str, Member]]]:
+    """Members that lie close enough together to be read at once."""
+    run: list[tuple[str, Member]] = []
+    for kind, member in wanted:
+        if run and not 0 <= member.offset - run[-1][1].offset - run[-1][1].size <= gap:
+            yield run
+            run = []
+        run.append((kind, member))
+    if run:
+        yield run
+
+
+def _checked(content: memoryview, member: Member, where: str) -> memoryview:
     if len(content) != member.size:
         raise DataError(f"the shard is cut short: {len(content)} of {member.size} bytes", where=where, fix=_REDO)
     if digest_of(content) != member.hash:
@@ -504,13 +704,6 @@ def _read_member(path: Path, member: Member, where: str) -> bytes:
     return content
 
 
-def index_path(tar: Path) -> Path:
+def index_path(tar: P) -> P:
     """Where a shard's index lies."""
     return tar.with_suffix(".index.json")
-
-
-def _is_whole(tar: Path) -> bool:
-    try:
-        return json.loads(index_path(tar).read_bytes())["bytes"] == tar.stat().st_size
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
