@@ -16,7 +16,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["v4e", "v4e.*", "data_tools"]),
+    packages=find_packages(include=["v4e", "v4e.*", "data_tools", "data_tools.*"]),
     package_data={"v4e": ["assets/**/*"]},
     # Lower bounds are the versions the tests ran with; constraints.txt pins the exact set.
     install_requires=[
@@ -35,6 +35,7 @@ setup(
         "pillow>=11",
         "rich>=14",
         "ftfy>=6.3",
+        "httpx>=0.28,<1",
         "numpy>=2",
     ],
     extras_require={

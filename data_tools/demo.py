@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data_tools import ingest, verify, world
+from data_tools import evolve, ingest, verify, world
 from data_tools.rollout import NO_TEACHER, RolloutConfig, rollout
 from v4e import config as settings_of
 from v4e.data.disk import agree, read_bytes, to_json, writable, write_atomically
@@ -240,8 +240,8 @@ def make_triplets(demo: DemoConfig) -> str:
 def write_evolutions(demo: DemoConfig) -> str:
     """Give every triplet its evolution prompt."""
     for folder in ("triplets", "validation"):
-        counts = ingest.add_evolutions(demo.root / folder)
-    return f"such as: {ingest.read_triplets(demo.root / 'triplets')[0].evolution} ({len(counts)} tasks)"
+        made = evolve.add_evolutions(demo.root / folder)
+    return f"such as: {ingest.read_triplets(demo.root / 'triplets')[0].evolution} ({len(made.written)} tasks)"
 
 
 def roll_out(demo: DemoConfig) -> str:

@@ -173,7 +173,7 @@ def test_the_template_writer_says_what_the_world_says():
         for instruction in world.instructions(edit):
             evolution = write(instruction)
             assert evolution.prompt == edit.caption("steadily", False), instruction
-            assert (evolution.task, evolution.family) == (edit.task, world.FAMILY[edit.task]), instruction
+            assert evolution.family == world.FAMILY[edit.task], instruction
 
 
 def test_captions_name_the_pace_and_for_some_the_place():

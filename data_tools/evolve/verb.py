@@ -1,0 +1,256 @@
+"""The verb: who needs a prompt, who has one, and nothing finished is lost."""
+
+import argparse
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from data_tools.evolve import template
+from data_tools.evolve.writers import (
+    Draft,
+    LocalSettings,
+    LocalWriter,
+    ServerSettings,
+    ServerWriter,
+    TemplateWriter,
+    Writer,
+)
+from data_tools.ingest import Triplet, iterate, write_triplets
+from v4e import config as settings_of
+from v4e.data.disk import lock, plain_folder, to_json, writable, write_atomically
+from v4e.errors import ConfigError, DataError
+from v4e.journal import open_bar
+
+LOG, REPORT, UNFIT = ".evolved.jsonl", "evolve.json", "evolve_fallbacks.jsonl"
+SETTINGS = {"local": LocalSettings, "server": ServerSettings}
+FALLBACK = re.compile(r"template \d+ for (?P<asked>.+) \((?P<why>[^()]+)\)")
+PASSING = "another try may help"
+
+
+@dataclass
+class Report:
+    """What became of a folder's triplets.
+
+    Args:
+        writer: its signature.
+        written: prompts by task, fallbacks included; ``families`` likewise.
+        kept: prompts that were there already, by who wrote them ("data" for those that came with it).
+        fallbacks: prompts that the template wrote because the writer could not, by reason.
+        unwritten: ids of triplets whose instruction says nothing.
+        read, wrote: tokens paid for; ``cached`` answers cost none.
+        cost: of those tokens, in the prices' currency.
+    """
+
+    writer: str
+    written: Counter[str] = field(default_factory=Counter)
+    families: Counter[str] = field(default_factory=Counter)
+    kept: Counter[str] = field(default_factory=Counter)
+    fallbacks: Counter[str] = field(default_factory=Counter)
+    unwritten: list[str] = field(default_factory=list)
+    read: int = 0
+    wrote: int = 0
+    cached: int = 0
+    cost: float = 0.0
+
+    def __str__(self) -> str:
+        lines = [f"{self.written.total()} written by {self.writer}{_counts(self.written)}"]
+        lines += [f"{self.kept.total()} kept{_counts(self.kept)}"] if self.kept else []
+        lines += [f"{self.fallbacks.total()} fell back to the template{_counts(self.fallbacks)}"] * bool(self.fallbacks)
+        spent = f"{self.read} tokens read, {self.wrote} written, {self.cached} answers from the cache"
+        return "\n".join(lines + [f"{spent}, cost {self.cost:.4f}"] * bool(self.read or self.cached))
+
+
+def _counts(counts: Counter[str]) -> str:
+    return ": " + ", ".join(f"{n} {what}" for what, n in counts.most_common()) if counts else ""
+
+
+def add_evolutions(
+    folder: str | Path,
+    writer: Writer | None = None,
+    *,
+    again: bool = False,
+    max_fallback_fraction: float = 1.0,
+    prices: tuple[float, float] = (0.0, 0.0),
+) -> Report:
+    """Give every triplet its evolution prompt, and its task where the data said none.
+
+    Prompts that came with the data stay. What this writer wrote before is not asked for again; what passing trouble
+    kept it from is. A killed run goes on where it stopped.
+
+    Args:
+        writer: the template by default.
+        again: also rewrite what other writers, versions or settings wrote.
+        max_fallback_fraction: a larger share of fallbacks is an error, after everything is written.
+        prices: of a million tokens read and written.
+
+    Raises:
+        DataError: nothing was ingested there, another evolve is at work, instructions say nothing, too many fallbacks.
+        V4EError: as the writer says.
+    """
+    folder, writer = plain_folder(folder), writer or TemplateWriter()
+    if not folder.is_dir():
+        next(iterate(folder), None)  # says what is missing
+    with writable(folder), lock(folder / ".evolve.lock"):
+        report = Report(writer.signature)
+        _fold(folder, report)
+        _write_missing(folder, writer, again, report)
+        unfit = _fold(folder, report)
+        report.cost = (report.read * prices[0] + report.wrote * prices[1]) / 1e6
+        write_atomically(folder / UNFIT, b"".join(unfit))
+        write_atomically(folder / REPORT, to_json(vars(report), indent=1))
+    _refuse(report, folder, max_fallback_fraction)
+    return report
+
+
+def settled(triplet: Triplet, signature: str, again: bool) -> bool:
+    """Whether a triplet has a prompt that is to be kept."""
+    if not triplet.evolution or not triplet.writer:
+        return bool(triplet.evolution)
+    if triplet.writer == signature:
+        return True
+    fallback = FALLBACK.fullmatch(triplet.writer)
+    if fallback and fallback["asked"] == signature:
+        return PASSING not in fallback["why"]
+    return not again
+
+
+def _write_missing(folder: Path, writer: Writer, again: bool, report: Report) -> None:
+    """Ask for every prompt that is missing; each answer is in the log before the next is waited for."""
+    keeps, total = Counter[str](), 0
+    for triplet in iterate(folder):
+        total += 1
+        if settled(triplet, report.writer, again):
+            keeps[triplet.writer or "data"] += 1
+    report.kept = keeps
+    missing = (t for t in iterate(folder) if not settled(t, report.writer, again))
+    with open(folder / LOG, "ab") as log, open_bar("evolve", total, keeps.total()) as bar:
+        for drafts in writer.drafts(missing):
+            log.write(b"".join(to_json(_row(draft, report.writer)) + b"\n" for draft in drafts))
+            log.flush()
+            bar.advance(len(drafts), fallbacks=(report.fallbacks.total()))
+
+
+def _row(draft: Draft, signature: str) -> dict[str, object]:
+    """What a draft comes to, as a line of the log: the writer's own prompt, or the template's in its place."""
+    triplet, prompt, task, writer = draft.triplet, draft.prompt, draft.triplet.task, signature
+    try:
+        made = template.write(triplet.instruction)
+        task = task or made.task
+        if not prompt and signature != TemplateWriter().signature:
+            why = f"{draft.failure}, {PASSING}" if draft.passing else draft.failure
+            prompt, writer = made.prompt, f"{TemplateWriter().signature} for {signature} ({why})"
+    except DataError:
+        task = task or "other"
+    spent = {"read": draft.read, "wrote": draft.wrote, "cached": draft.cached}
+    failed = {"failure": draft.failure, "detail": draft.detail}
+    new = {"evolution": prompt, "task": task, "writer": writer if prompt else ""}
+    return {"id": triplet.id, "stamp": triplet.stamp, **new, **failed, **spent}
+
+
+def _fold(folder: Path, report: Report) -> list[bytes]:
+    """Bring the log into the list, count it, and end it; returns what is to be said of the rows that fell back."""
+    path = folder / LOG
+    if not path.is_file():
+        return []
+    places, unfit = _places(path), []
+
+    def merged() -> Iterator[Triplet]:
+        with open(path, "rb") as log:
+            for triplet in iterate(folder):
+                row = _read_row(log, places.get(triplet.id))
+                if row and row["stamp"] == triplet.stamp:
+                    unfit.extend(_count(row, report))
+                    triplet = replace(triplet, **{k: row[k] for k in ("evolution", "task", "writer")})
+                yield triplet
+
+    write_triplets(folder, merged())
+    path.unlink()
+    return unfit
+
+
+def _places(log: Path) -> dict[str, int]:
+    """Where each id's last row begins; a killed run may have left half a row at the end."""
+    places, at = {}, 0
+    with open(log, "rb") as file:
+        for line in file:
+            if line.endswith(b"\n"):
+                places[json.loads(line)["id"]] = at
+            at += len(line)
+    return places
+
+
+def _read_row(log, at: int | None):
+    if at is None:
+        return None
+    log.seek(at)
+    return json.loads(log.readline())
+
+
+def _count(row: dict, report: Report) -> Iterator[bytes]:
+    """Add a row to the report; yields a line about it where the writer failed."""
+    report.read, report.wrote = report.read + row["read"], report.wrote + row["wrote"]
+    report.cached += row["cached"]
+    if row["evolution"]:
+        report.written[row["task"]] += 1
+        report.families[template.family_of(row["task"])] += 1
+    else:
+        report.unwritten.append(row["id"])
+    if row["failure"]:
+        report.fallbacks[row["failure"]] += bool(row["evolution"])
+        yield to_json({k: row[k] for k in ("id", "failure", "detail", "writer")}) + b"\n"
+
+
+def _refuse(report: Report, folder: Path, max_fallback_fraction: float) -> None:
+    if report.unwritten:
+        some = ", ".join(report.unwritten[:5])
+        raise DataError(
+            f"{len(report.unwritten)} instructions say nothing: {some}",
+            where=str(folder),
+            fix="give them words in the source, and ingest again",
+        )
+    share = report.fallbacks.total() / max(1, report.written.total())
+    if share > max_fallback_fraction:
+        fix = f"see {UNFIT}; run again, or allow them with --max-fallback-fraction"
+        raise DataError(f"{share:.1%} of the prompts fell back to the template\n{report}", where=str(folder), fix=fix)
+
+
+# ------------------------------------------------------------------------------------------------- arguments
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `v4e-shards evolve`."""
+    add = parser.add_argument
+    add("folder", help="folder written by ingest")
+    add("overrides", nargs="*", metavar="key=value", help="settings of the writer, over those of the file")
+    add("--writer", choices=("template", *SETTINGS), default="template", help="rules, a model here, or a server")
+    add("--config", metavar="YAML", help="file with the writer's settings")
+    add("--again", action="store_true", help="also rewrite what other writers, versions or settings wrote")
+    add("--max-fallback-fraction", type=float, default=1.0, help="more fallbacks to the template are an error")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the verb."""
+    writer, prices = _writer(args), (0.0, 0.0)
+    if isinstance(writer, ServerWriter):
+        prices = (writer.settings.price_read, writer.settings.price_wrote)
+    report = add_evolutions(
+        args.folder, writer, again=args.again, max_fallback_fraction=args.max_fallback_fraction, prices=prices
+    )
+    print(report)
+    return 0
+
+
+def _writer(args: argparse.Namespace) -> Writer:
+    if args.writer not in SETTINGS:
+        if args.overrides or args.config:
+            raise ConfigError("the template writer has no settings", fix="say which writer: --writer local or server")
+        return TemplateWriter()
+    words, kind = args.overrides, SETTINGS[args.writer]
+    settings = settings_of.load(args.config, words, lambda _: kind, recipe=args.writer)
+    print(settings_of.to_yaml(settings))
+    if isinstance(settings, LocalSettings):
+        return LocalWriter.load(settings)
+    return ServerWriter.load(settings, plain_folder(args.folder))
