@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -11,8 +11,9 @@ from typing import NamedTuple
 import torch
 
 from data_tools.rollout.plan import MANIFEST, SHARDS_FROM, Claims, Plan
-from v4e.data.disk import agree, digest_of, read_bytes, readable, to_json, writable, write_atomically
+from v4e.data.disk import agree, digest_of, readable, to_json, writable, write_atomically
 from v4e.data.members import WORDS
+from v4e.data.places import read_bytes
 from v4e.data.shards import SetMeta, ShardInfo, ShardSet, finish, index_path, write_shard
 from v4e.errors import DataError
 
@@ -120,7 +121,7 @@ class Spool:
 
     def rejects(self) -> list[Reject]:
         """All triplets of the packed shards that could not be used."""
-        return [r for shard in self.plan.shards for r in self._rejects(shard)]
+        return [r for shard in self.plan.shards for r in read_rejects(self.tar(shard))]
 
     def tar(self, shard: int) -> Path:
         return self.folder / f"000-{shard:06d}.tar"
@@ -171,7 +172,7 @@ class Spool:
     # Details -------------------------------------------------------------------------------------------------------
 
     def _path(self, unit: int) -> Path:
-        return self.folder / UNITS / f"{unit:08d}.unit"
+        return unit_path(self.folder, unit)
 
     def _packed(self) -> set[int]:
         names = (name for name in os.listdir(self.folder) if name.endswith(".index.json") and name[:4] == "000-")
@@ -186,20 +187,13 @@ class Spool:
         for row in rows:
             members = {kind: shard.raw(row, kind) or b"" for kind in shard.kinds(row)}
             made.append(Made(shard.keys[row], json.loads(members[WORDS])["task"], members))
-        return Unit(made, [r for r in self._rejects(self.plan.shard_of(unit)) if r.key in keys])
-
-    def _rejects(self, shard: int) -> list[Reject]:
-        path = self._rejects_path(shard)
-        return [Reject(**json.loads(line)) for line in path.read_bytes().splitlines()] if path.exists() else []
+        return Unit(made, [r for r in read_rejects(tar) if r.key in keys])
 
     def _write_rejects(self, shard: int, rejects: Sequence[Reject]) -> None:
-        path = self._rejects_path(shard)
+        path = rejects_path(self.tar(shard))
         path.unlink(missing_ok=True)
         if rejects:
             write_atomically(path, b"".join(to_json(asdict(r)) + b"\n" for r in rejects))
-
-    def _rejects_path(self, shard: int) -> Path:
-        return self.folder / f"{self.tar(shard).stem}_rejects.jsonl"
 
     def _agree_on_triplets(self) -> None:
         """Units are made of consecutive triplets, so another list would make other units."""
@@ -217,6 +211,45 @@ class Spool:
                 fix="roll new triplets into a folder of their own; v4e-shards merge joins the two",
             )
         return None
+
+
+def give_back(folder: Path, shard: str, good: Iterable[Made]) -> None:
+    """Take a packed shard apart into its units; those that lack a sample are left out, so that they are made again.
+
+    Args:
+        folder: of a set that `rollout` wrote.
+        shard: name of the tar; it and its index are the caller's to take away, afterwards.
+        good: the samples of it that may stay.
+    """
+    settings = json.loads(read_bytes(folder / "settings.json"))
+    ids, batch, size = json.loads(read_bytes(folder / IDS)), *_unit_and_shard(settings)
+    first, made = int(shard[4:10]) * size, {m.key: m for m in good}
+    rejects = {r.key: r for r in read_rejects(folder / shard)}
+    (folder / UNITS).mkdir(exist_ok=True)
+    for at in range(first, min(first + size, len(ids)), batch):
+        keys = ids[at : min(at + batch, first + size)]
+        if all(key in made or key in rejects for key in keys):
+            unit = Unit([made[k] for k in keys if k in made], [rejects[k] for k in keys if k in rejects])
+            write_atomically(unit_path(folder, at // batch), unit.to_bytes())
+
+
+def unit_path(folder: Path, unit: int) -> Path:
+    return folder / UNITS / f"{unit:08d}.unit"
+
+
+def rejects_path(tar: Path) -> Path:
+    return tar.with_name(f"{tar.stem}_rejects.jsonl")
+
+
+def read_rejects(tar: Path) -> list[Reject]:
+    """The triplets of a shard that could not be used."""
+    path = rejects_path(tar)
+    return [Reject(**json.loads(line)) for line in path.read_bytes().splitlines()] if path.exists() else []
+
+
+def _unit_and_shard(settings: Mapping) -> tuple[int, int]:
+    """Triplets of a unit and of a shard."""
+    return settings["settings"]["batch"], settings["layout"]["samples_per_shard"]
 
 
 def _layout(plan: Plan, dtype: torch.dtype) -> dict[str, object]:
