@@ -12,6 +12,8 @@ VERBS = {
     "evolve": "write evolution prompts",
     "rollout": "encode triplets and roll out the teacher, into shards",
     "verify": "read every byte of a shard folder",
+    "stats": "count what a shard folder holds and measure its roll-outs",
+    "filter": "leave out roll-outs that are not good enough",
     "look": "show a shard folder on one HTML page",
 }
 
