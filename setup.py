@@ -32,6 +32,7 @@ setup(
         "fsspec>=2025.3",
         "universal-pathlib>=0.3.10,<0.4",
         "typing-extensions>=4.10",
+        "xxhash>=3.5,<5",
         "pillow>=11",
         "rich>=14",
         "ftfy>=6.3",
@@ -41,6 +42,7 @@ setup(
     extras_require={
         "gpu": ["xformers>=0.0.35,<0.1"],
         "lora": ["peft>=0.21,<0.22"],
+        "parquet": ["pyarrow>=21,<27"],
         "s3": ["s3fs>=2025.3"],
         "gs": ["gcsfs>=2025.3"],
         "http": ["aiohttp>=3.9"],

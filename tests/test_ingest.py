@@ -3,7 +3,9 @@
 import json
 import os
 import re
+import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,9 @@ import pytest
 from PIL import Image
 
 from data_tools import cli, ingest
+from data_tools.ingest import sources, work
 from v4e.errors import ConfigError, DataError, ShapeError
+from v4e.nouns import Clip
 
 SIZE = (32, 48)
 
@@ -51,8 +55,12 @@ def raw(tmp_path) -> Raw:
     return Raw(tmp_path)
 
 
-def pixels(path: Path) -> np.ndarray:
-    return np.asarray(Image.open(path))
+def pixels(clip: Clip) -> np.ndarray:
+    return clip.frames_T3HW[0].permute(1, 2, 0).numpy()
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def test_good_lines(raw):
@@ -62,8 +70,9 @@ def test_good_lines(raw):
     one, two = ingest.read_triplets(raw.out)
     assert (one.id, one.instruction, one.task, one.extra) == ("one", "paint it größer", "style", {"seed": 7, "a": 1})
     assert (two.id, two.evolution, two.mask) == ("2", "it reddens", None)
-    assert np.array_equal(pixels(one.source), pixels(raw.folder / "a.png"))
-    assert pixels(one.mask).shape == (*SIZE, 3)
+    assert one.source.read_bytes() == (raw.folder / "a.png").read_bytes()
+    assert one.mask.read_bytes() == (raw.folder / "h.png").read_bytes()
+    assert np.array_equal(pixels(one.read_source()), picture(ord("a")))
     assert one.read_source().size == SIZE and two.read_target((16, 16)).size == (16, 16)
 
 
@@ -139,7 +148,7 @@ def test_modes_become_rgb(raw, mode):
     name = "odd.jpg" if mode == "CMYK" else "odd.png"
     raw.add("odd", source=name)
     assert raw.take().accepted == 1
-    found = pixels(ingest.read_triplets(raw.out)[0].source)
+    found = pixels(ingest.read_triplets(raw.out)[0].read_source())
     assert found.shape == (*SIZE, 3) and found.dtype == np.uint8
     assert mode != "I;16" or (found == 0x80).all()
 
@@ -150,9 +159,9 @@ def test_orientation_and_transparency(raw):
     raw.add("x", source="turned.webp", edited="clear.png")
     raw.take()
     (x,) = ingest.read_triplets(raw.out)
-    assert np.array_equal(pixels(x.source), np.asarray(picture(0)))
-    assert (pixels(x.edited)[:, :24] == 255).all()
-    assert np.array_equal(pixels(x.edited)[:, 24:], np.asarray(picture(0))[:, 24:])
+    assert np.array_equal(pixels(x.read_source()), np.asarray(picture(0)))
+    edited = pixels(x.read_target())
+    assert (edited[:, :24] == 255).all() and np.array_equal(edited[:, 24:], np.asarray(picture(0))[:, 24:])
 
 
 def test_sizes_are_scaled_to_cover_and_cropped(raw):
@@ -161,7 +170,7 @@ def test_sizes_are_scaled_to_cover_and_cropped(raw):
     raw.add("x", source="wide.png", edited="wider.png")
     assert raw.take().accepted == 1
     (x,) = ingest.read_triplets(raw.out)
-    assert pixels(x.source).shape == pixels(x.edited).shape == (*SIZE, 3)
+    assert x.read_source().size == x.read_target().size == x.size == SIZE
 
 
 def test_exact_fit_takes_no_other_size(raw):
@@ -172,8 +181,8 @@ def test_exact_fit_takes_no_other_size(raw):
 
 
 def test_too_many_rejects_are_an_error_after_everything_is_written(raw):
-    for key in ("x", "x", "y"):
-        raw.add(key)
+    for key, edited in (("x", "b"), ("x", "b"), ("y", "c")):
+        raw.add(key, edited=f"{edited}.png")
     with pytest.raises(DataError, match=r"rejects.jsonl: 2 taken, 0 taken before, 1 rejected: 1 duplicate id.*mend"):
         raw.take(max_reject_fraction=0.3)
     assert len(ingest.read_triplets(raw.out)) == 2
@@ -185,14 +194,14 @@ def test_again_reads_only_what_is_new_or_mended(raw, monkeypatch):
     raw.add("y", edited="later.png")
     raw.add("z", edited="c.png")
     assert (raw.take().accepted, raw.take().reused) == (2, 2)
-    ingest.add_evolutions(raw.out)
+    ingest.write_triplets(raw.out, (replace(t, evolution="it reddens") for t in ingest.iterate(raw.out)))
     before = {t.id: t for t in ingest.read_triplets(raw.out)}
     picture(5).save(raw.folder / "later.png")
     picture(6).save(raw.folder / "c.png")
     os.utime(raw.folder / "c.png", ns=(1, 1))
     opened: list[str] = []
-    normalise = ingest.normalise
-    monkeypatch.setattr(ingest, "normalise", lambda path: opened.append(path.name) or normalise(path))
+    read = sources.File.read
+    monkeypatch.setattr(sources.File, "read", lambda file: opened.append(Path(file.path).name) or read(file))
     report = raw.take()
     assert (report.accepted, report.reused, report.rejected) == (2, 1, {})
     assert sorted(opened) == ["a.png", "a.png", "c.png", "later.png"]
@@ -200,30 +209,83 @@ def test_again_reads_only_what_is_new_or_mended(raw, monkeypatch):
     assert x == before["x"] and x.evolution and not y.evolution and not z.evolution
 
 
-def test_a_killed_run_is_gone_on_with(raw):
+def test_an_interrupted_run_is_gone_on_with(raw):
     for n, edited in enumerate("bcdefgh"):
         raw.add(f"k{n}", edited=f"{edited}.png")
 
-    def killed(lines) -> Iterator:
-        for n, line in enumerate(lines):
-            if n == 5:
+    def stopped(rows) -> Iterator:
+        for n, row in enumerate(rows):
+            if n == 6:
                 raise KeyboardInterrupt
-            yield line
+            yield row
 
     with pytest.raises(KeyboardInterrupt):
-        raw.take(watch=killed, workers=1)
-    with open(raw.out / ".accepted.jsonl", "ab") as log:
-        log.write(b'{"id": "half a li')
+        raw.take(watch=stopped, workers=1)
+    assert not (raw.out / "triplets.jsonl").exists()
     report = raw.take()
-    assert (report.accepted, report.reused) == (3, 4)
+    assert report.reused == 2 and report.accepted == 5  # the other four had not been decided on
     assert [t.id for t in ingest.read_triplets(raw.out)] == [f"k{n}" for n in range(7)]
-    assert not (raw.out / ".accepted.jsonl").exists()
+    assert not (raw.out / ".ingest.sqlite").exists()
+
+
+def test_a_run_killed_anywhere_ends_with_the_same_bytes(raw, monkeypatch):
+    many(raw)
+    raw.take()
+    whole = tree(raw.out)
+    for moment in (1, 7, 12, 19, "lists"):
+        raw.out = raw.folder.parent / f"killed-{moment}"
+        killed(raw, moment)
+        assert not (raw.out / "triplets.jsonl").exists()
+        report = raw.take()
+        assert moment in (1,) or report.reused > 0
+        assert tree(raw.out) == whole
+
+
+def many(raw: Raw) -> None:
+    """Twenty lines with a reject of each kind of decision among them."""
+    for n in range(20):
+        picture(100 + n).save(raw.folder / f"{n}.png")
+        raw.add(f"k{n}", edited=f"{n}.png")
+    raw.lines[5] = b"{"
+    raw.lines[8] = raw.lines[2]
+    raw.lines[11] = raw.lines[2].replace(b"k2", b"again")
+    (raw.folder / "14.png").write_bytes(b"")
+
+
+def killed(raw: Raw, moment: int | str) -> None:
+    """A run in a process of its own that dies by SIGKILL at a row, or when the lists are to be written."""
+
+    def watch(rows) -> Iterator:
+        for n, row in enumerate(rows):
+            if n == moment:
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield row
+
+    child = os.fork()
+    if not child:
+        work.SAVE_EVERY = -1.0
+        if moment == "lists":
+            work.replacing = lambda path: os.kill(os.getpid(), signal.SIGKILL)
+        raw.take(watch=watch, workers=1)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+def test_workers_change_nothing(raw):
+    many(raw)
+    trees = []
+    for workers in (1, 2, 5):
+        raw.out = raw.folder.parent / f"out-{workers}"
+        raw.take(workers=workers)
+        trees.append(tree(raw.out))
+    assert trees[0] == trees[1] == trees[2]
+    assert [r["reason"] for r in raw.rejects()] == ["not json", "duplicate id", "duplicate", "undecodable"]
 
 
 def test_arguments_are_checked(raw):
     raw.add("x")
     raw.take()
-    with pytest.raises(DataError, match="height was 32 and is now 64"):
+    with pytest.raises(DataError, match=r"sizes was \[\[32, 48\]\] and is now \[\[64, 48\]\]"):
         ingest.ingest(raw.jsonl, raw.out, (64, 48))
     with pytest.raises(ShapeError, match="H = 33"):
         ingest.ingest(raw.jsonl, raw.out, (33, 48))
@@ -253,17 +315,21 @@ def test_a_picture_lost_after_ingesting_names_file_and_key(raw):
     x.edited.unlink()
     with pytest.raises(DataError, match=r"x.edited.png, key x"):
         x.read_target()
+    assert [*ingest.verify_triplets(raw.out)] == [f"{x.edited}, key x: cannot be read: No such file or directory"]
 
 
-def test_evolutions(raw):
-    raw.add("x", "remove the red ball", edited="b.png")
-    raw.add("y", "make it snow", edited="c.png", task="weather", evolution="snow falls")
+@pytest.mark.parametrize("at", [0, 30, -20, -1])
+def test_a_picture_changed_after_ingesting_is_refused(raw, at):
+    raw.add("x")
     raw.take()
-    assert ingest.add_evolutions(raw.out) == {"remove": 1}
-    x, y = ingest.read_triplets(raw.out)
-    assert "fades out" in x.evolution and x.writer == "template 1" and x.task == "remove"
-    assert (y.evolution, y.writer, y.task) == ("snow falls", "", "weather")
-    assert ingest.add_evolutions(raw.out) == {} and ingest.add_evolutions(raw.out, again=True) == {"remove": 1}
+    (x,) = ingest.read_triplets(raw.out)
+    assert [*ingest.verify_triplets(raw.out)] == []
+    content = bytearray(x.source.read_bytes())
+    content[at] ^= 1
+    x.source.write_bytes(content)
+    with pytest.raises(DataError, match=r"x.source.png, key x: .*changed since"):
+        x.read_source()
+    assert [*ingest.verify_triplets(raw.out)] == [f"{x.source}, key x: changed since it was taken"]
 
 
 def test_commands_of_the_docs_parse():

@@ -48,7 +48,8 @@ def shards(jsonl: Path, home: Path) -> None:
     """home/triplets and home/shards, by the commands of the yard."""
     triplets, made = str(home / "triplets"), str(home / "shards")
     teacher = str(shared_wan_folder("flf2v"))
-    assert yard.main(["ingest", str(jsonl), triplets, "--height", str(SIZE), "--width", str(SIZE)]) == 0
+    size = ["--height", str(SIZE), "--width", str(SIZE)]
+    assert yard.main(["ingest", str(jsonl), triplets, "--root", str(TEDBENCH), *size]) == 0
     assert yard.main(["evolve", triplets]) == 0
     assert yard.main(["rollout", triplets, made, "--teacher", teacher, *ROLLOUT]) == 0
     assert yard.main(["verify", made]) == 0

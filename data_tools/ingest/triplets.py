@@ -1,0 +1,183 @@
+"""The ingested folder: `triplets.jsonl` and its pictures, read and written one row at a time."""
+
+import json
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, TypeVar
+
+import numpy as np
+import torch
+
+from data_tools.ingest.pictures import Rejected, Size, decode, fit_to
+from v4e.data.disk import TEMPORARY, hash_of, readable, scratch, settle, sync_folder, to_json
+from v4e.data.places import Place, exists, is_remote, place, reaching, read_bytes, shown, system
+from v4e.errors import DataError
+from v4e.nouns import Clip
+
+X = TypeVar("X")
+Y = TypeVar("Y")
+LIST = "triplets.jsonl"
+PICTURES = ("source", "edited", "mask")
+
+
+@dataclass(frozen=True)
+class Triplet:
+    """A checked edit.
+
+    Args:
+        id: legal as a sample's key.
+        source, edited: the files as they came; :meth:`read_source` makes them upright RGB of ``size``.
+        task: kind of edit; empty until said by the data or by the evolution writer.
+        evolution: what happens between the two images; empty until `v4e-shards evolve` has run.
+        writer: who wrote ``evolution``, with its version.
+        mask: picture of where the edit is, if the data said so.
+        extra: what else the row held; carried along, never read.
+        stamp: changes when the row or one of its files does.
+        size: height and width of its bucket.
+        hashes: of each picture's bytes, by its name; what was changed since is refused.
+        look: perceptual hashes of source and edited image, 16 hex digits each.
+        repeats: id of an earlier triplet that is the same, or looks it.
+    """
+
+    id: str
+    instruction: str
+    source: Place
+    edited: Place
+    task: str = ""
+    evolution: str = ""
+    writer: str = ""
+    mask: Place | None = None
+    extra: Mapping[str, object] = field(default_factory=dict)
+    stamp: str = ""
+    size: Size | None = None
+    hashes: Mapping[str, str] = field(default_factory=dict)
+    look: str = ""
+    repeats: str = ""
+
+    @property
+    def files(self) -> dict[str, Place]:
+        """The pictures it has, by name."""
+        return {name: path for name in PICTURES if (path := getattr(self, name))}
+
+    def read_source(self, size: Size | None = None) -> Clip:
+        """The source as an image, scaled and cropped to ``size`` or to its bucket; DataError names key and file."""
+        return self._read("source", size)
+
+    def read_target(self, size: Size | None = None) -> Clip:
+        """The edited image, likewise."""
+        return self._read("edited", size)
+
+    def _read(self, name: str, size: Size | None) -> Clip:
+        path = self.files[name]
+        where = f"{shown(path)}, key {self.id}"
+        try:
+            content = read_bytes(path)
+        except DataError as error:
+            raise DataError(error.what, where=where, fix="run ingest again") from error
+        if self.hashes and hash_of(content) != self.hashes[name]:
+            raise DataError("the picture has changed since it was ingested", where=where, fix="run ingest again")
+        try:
+            picture, _ = decode(content, max_pixels=1 << 62)  # its pixels were counted when it was taken
+        except Rejected as why:
+            raise DataError(f"not readable: {why.detail}", where=where) from why
+        wanted = size or self.size
+        pixels = np.array(fit_to(picture, wanted) if wanted else picture)
+        return Clip(torch.from_numpy(pixels).permute(2, 0, 1)[None].contiguous())
+
+
+def read_triplets(folder: str | Place) -> list[Triplet]:
+    """All of :func:`iterate`, in memory."""
+    return list(iterate(folder))
+
+
+def iterate(folder: str | Place) -> Iterator[Triplet]:
+    """The triplets of an ingested folder one by one, in the order of their source.
+
+    Raises:
+        DataError: nothing was ingested there, or a line is damaged; it names the line.
+    """
+    path = place(folder) / LIST
+    if not exists(path):
+        raise DataError(f"no {LIST}", where=shown(folder), fix="make it with v4e-shards ingest")
+    with system(path).open(path.path, "rb") if is_remote(path) else open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            yield from_row(line, path.parent, f"{shown(path)}, line {number}")
+
+
+def write_triplets(folder: str | Place, triplets: Iterable[Triplet]) -> None:
+    """Replace the list of an ingested folder at once; ``triplets`` may be read from the old one meanwhile."""
+    base = place(folder)
+    with replacing(base / LIST) as file:
+        for triplet in triplets:
+            file.write(to_row(triplet, base))
+
+
+def verify_triplets(folder: str | Place, *, workers: int = 2) -> Iterator[str]:
+    """Read every byte of every picture again; yields one sentence, with file and key, for each that is not as taken."""
+    with ThreadPoolExecutor(workers) as pool:
+        for problems in in_order(pool, _problems, iterate(folder), 4 * workers):
+            yield from problems
+
+
+def in_order(pool: ThreadPoolExecutor, work: Callable[[X], Y], items: Iterable[X], ahead: int) -> Iterator[Y]:
+    """``pool.map`` that draws at most ``ahead`` items before their results are taken."""
+    pending = deque()
+    for item in items:
+        pending.append(pool.submit(work, item))
+        if len(pending) > ahead:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
+
+
+def from_row(line: bytes, base: Place, where: str) -> Triplet:
+    """A triplet of its line; DataError names ``where``."""
+    with readable(where):
+        row = json.loads(line)
+        files = {k: base / row[k] if row[k] else None for k in PICTURES}
+        size = tuple(row["size"]) if row.get("size") else None
+        return Triplet(**{**row, **files, "size": size})
+
+
+def to_row(triplet: Triplet, base: Place) -> bytes:
+    """A triplet as its line, files relative to ``base``."""
+    files = {k: str(p).removeprefix(f"{base}/") if (p := getattr(triplet, k)) else None for k in PICTURES}
+    return to_json({**vars(triplet), **files}) + b"\n"
+
+
+@contextmanager
+def replacing(path: Place) -> Iterator[IO[bytes]]:
+    """A file to write that takes the place of ``path`` when it is whole and on the disk."""
+    temporary = scratch(path.parent) / f"{TEMPORARY}{path.name}-{os.getpid()}"
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            settle(file)
+        _move(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _move(temporary: Path, path: Place) -> None:
+    if is_remote(path):
+        with reaching(path, "written"):
+            return system(path).put_file(str(temporary), path.path)
+    os.replace(temporary, path)
+    return sync_folder(path.parent)
+
+
+def _problems(triplet: Triplet) -> list[str]:
+    found = []
+    for name, path in triplet.files.items():
+        try:
+            wrong = "changed since it was taken" if hash_of(read_bytes(path)) != triplet.hashes[name] else ""
+        except DataError as error:
+            wrong = error.what
+        if wrong:
+            found.append(f"{shown(path)}, key {triplet.id}: {wrong}")
+    return found

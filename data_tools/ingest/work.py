@@ -1,0 +1,314 @@
+"""Taking triplets in: rows are read in order, checked side by side, decided on in order."""
+
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from PIL import Image
+
+from data_tools.ingest.layouts import Draft, Layout, drafts, id_of
+from data_tools.ingest.ledger import Ledger
+from data_tools.ingest.pictures import (
+    MAX_PIXELS,
+    Rejected,
+    Size,
+    decode,
+    dhash,
+    nearest,
+    same_after_fit,
+    size_of,
+)
+from data_tools.ingest.sources import Blob, Row, reach, rows
+from data_tools.ingest.triplets import LIST, Triplet, in_order, iterate, replacing
+from v4e.data.disk import agree, hash_of, lock, scratch, writable, write_atomically
+from v4e.data.places import Place, exists, make_folder, place, remove, shown
+from v4e.errors import ConfigError, DataError
+from v4e.nouns import Grid
+
+Fit = Literal["crop", "exact"]
+Repeats = Literal["reject", "flag", "keep"]
+ASPECT_TOLERANCE = 0.02  # editors round sizes to multiples of 8 or 16; more than this and the pictures do not align
+LEDGER, REJECTS = ".ingest.sqlite", "rejects.jsonl"
+SAVE_EVERY = 1.0  # seconds of work that a kill may cost
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What is asked of a triplet.
+
+    Args:
+        sizes: height and width that its pictures may be brought to; the nearest in shape is taken.
+        fit: ``crop`` scales to cover and crops the centre; ``exact`` takes only pictures that have the size already.
+        duplicates: what becomes of the same files under the same instruction: ``reject``, ``flag`` or ``keep``.
+        near_duplicates: and of what only looks the same, under the same words.
+        max_pixels: of a picture, by its header; more is taken for a decompression bomb.
+    """
+
+    sizes: tuple[Size, ...]
+    fit: Fit = "crop"
+    duplicates: Repeats = "reject"
+    near_duplicates: Repeats = "flag"
+    max_pixels: int = MAX_PIXELS
+
+    def __post_init__(self) -> None:
+        for size in self.sizes:
+            Grid(1, *size)
+        if not self.sizes:
+            raise ConfigError("no size is wanted", fix="give --height and --width, --area or --buckets")
+        if self.fit not in ("crop", "exact"):
+            raise ConfigError(f"fit = {self.fit!r} is neither crop nor exact")
+        for name in ("duplicates", "near_duplicates"):
+            if getattr(self, name) not in ("reject", "flag", "keep"):
+                raise ConfigError(f"{name} = {getattr(self, name)!r} is none of reject, flag and keep")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of a source: triplets taken now, by an earlier run, flagged as repeats; rejects by reason."""
+
+    accepted: int
+    reused: int
+    rejected: Mapping[str, int]
+    repeats: int = 0
+
+    @property
+    def fraction(self) -> float:
+        """Share of rows that were rejected."""
+        bad = sum(self.rejected.values())
+        return bad / max(1, bad + self.accepted + self.reused)
+
+    def __str__(self) -> str:
+        reasons = ", ".join(f"{n} {reason}" for reason, n in sorted(self.rejected.items()))
+        flagged = f", {self.repeats} flagged as repeats" if self.repeats else ""
+        return (
+            f"{self.accepted} taken, {self.reused} taken before, {sum(self.rejected.values())} rejected"
+            f"{f': {reasons}' if reasons else ''}{flagged}"
+        )
+
+
+def ingest(
+    source: str | Place,
+    out: str | Place,
+    size: Size | Sequence[Size],
+    *,
+    layout: Layout | None = None,
+    root: str = "",
+    fit: Fit = "crop",
+    duplicates: Repeats = "reject",
+    near_duplicates: Repeats = "flag",
+    max_pixels: int = MAX_PIXELS,
+    max_reject_fraction: float = 0.0,
+    workers: int = 2,
+    watch: Callable[[Iterable[Row]], Iterable[Row]] = iter,
+) -> Report:
+    """Check every triplet of a source and keep the good ones with their pictures; see the package's head.
+
+    Args:
+        source: path, glob or URL of jsonl, csv, parquet, tar, or a folder.
+        out: folder to fill; one begun before is gone on with.
+        size: height and width of every triplet, or several of them (buckets); multiples of 16.
+        layout: which column is what.
+        root: folder out of which no name in a list may lead; the list's own by default.
+        max_reject_fraction: more rejected rows than this share are an error (after everything is written).
+        workers: threads that read and decode; they change nothing but the time.
+        watch: wraps the rows, for a progress bar.
+
+    Raises:
+        DataError: no such source, other settings than before, a full disk, too many rejects.
+        ShapeError: a size that no latent grid has.
+    """
+    sizes = tuple(size) if isinstance(size[0], Sequence) else (size,)
+    rules = Rules(sizes, fit, duplicates, near_duplicates, max_pixels)  # type: ignore[arg-type]
+    folder, layout = place(out), layout or Layout()
+    if reach(str(source))[1] == reach(str(folder / LIST))[1]:
+        raise ConfigError("the list to read is the one to write", where=str(source), fix="write to another folder")
+    found = rows(str(source), layout.columns, root)
+    with writable(folder):
+        make_folder(folder)
+        with lock(scratch(folder) / ".ingest.lock"):
+            agree(folder / "ingest.json", {"sizes": [list(s) for s in rules.sizes], "fit": fit})
+            report = _Work(folder, rules, layout, workers).run(watch(found))
+    if report.fraction > max_reject_fraction:
+        raise DataError(
+            str(report),
+            where=shown(folder / REJECTS),
+            fix="mend those rows and run again, or allow them with --max-reject-fraction",
+        )
+    return report
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A row on its way: what it says or why not, and the triplet that an earlier run made of it."""
+
+    number: int
+    row: Row
+    draft: Draft | Rejected
+    old: Triplet | None = None
+
+
+@dataclass(frozen=True)
+class _Picture:
+    """A picture that was read and decoded, and the file it is of."""
+
+    file: str
+    content: bytes
+    image: Image.Image
+    suffix: str
+
+    @staticmethod
+    def of(blob: Blob, max_pixels: int) -> "_Picture":
+        try:
+            content = blob.read()
+            return _Picture(blob.name, content, *decode(content, max_pixels))
+        except Rejected as why:
+            raise Rejected(why.reason, why.detail, blob.name) from why
+
+
+class _Work:
+    """One run over one folder."""
+
+    def __init__(self, out: Place, rules: Rules, layout: Layout, workers: int) -> None:
+        self.out, self.rules, self.layout, self.workers = out, rules, layout, workers
+        self.ledger = Ledger(scratch(out) / LEDGER, out)
+        self.accepted = self.reused = self.repeats = 0
+
+    def run(self, found: Iterable[Row]) -> Report:
+        self.ledger.begin(iterate(self.out) if exists(self.out / LIST) else ())
+        saved = time.monotonic()
+        try:
+            with ThreadPoolExecutor(self.workers) as pool:
+                for job, done in in_order(pool, self._check, self._jobs(found), 4 * self.workers):
+                    self._decide(job, done)
+                    if time.monotonic() - saved > SAVE_EVERY:
+                        self.ledger.save()
+                        saved = time.monotonic()
+        finally:
+            self.ledger.save()
+        return self._finish()
+
+    def _jobs(self, found: Iterable[Row]) -> Iterator[_Job]:
+        """Rows as drafts, numbered, each id once."""
+        number = 0
+        for row in found:
+            for draft in [row.fault] if row.fault else drafts(row, self.layout):
+                number += 1
+                old = None
+                if isinstance(draft, Draft):
+                    old = self.ledger.earlier(draft.id)
+                    if not self.ledger.claim(draft.id):
+                        draft = Rejected("duplicate id", f"{draft.id!r} was used by an earlier row")
+                yield _Job(number, row, draft, old)
+
+    def _check(self, job: _Job) -> tuple[_Job, Triplet | Rejected]:
+        """A worker's part: all that needs no other row."""
+        if isinstance(job.draft, Rejected):
+            return job, job.draft
+        stamp = job.draft.stamp()
+        if job.old and job.old.stamp == stamp and all(map(exists, job.old.files.values())):
+            return job, job.old
+        try:
+            return job, replace(self._taken(job.draft), stamp=stamp)
+        except Rejected as why:
+            return job, why
+
+    def _taken(self, draft: Draft) -> Triplet:
+        """The triplet of a draft, its pictures checked and copied."""
+        pictures = {name: _Picture.of(blob, self.rules.max_pixels) for name, blob in draft.pictures.items()}
+        size = self._refuse_unfit(pictures)
+        source, edited = pictures["source"].image, pictures["edited"].image
+        return Triplet(
+            id=draft.id,
+            instruction=draft.instruction,
+            **{name: self._write(f"{draft.id}.{name}", draft.id, picture) for name, picture in pictures.items()},
+            task=draft.task,
+            evolution=draft.evolution,
+            extra=draft.extra,
+            size=size,
+            hashes={name: hash_of(picture.content) for name, picture in pictures.items()},
+            look=dhash(source) + dhash(edited),
+        )
+
+    def _refuse_unfit(self, pictures: "Mapping[str, _Picture]") -> Size:
+        """The size that these pictures are brought to; Rejected if they do not align, or show no edit."""
+        source, edited = pictures["source"], pictures["edited"]
+        size = nearest(size_of(source.image), self.rules.sizes)
+        _refuse_misaligned(source, edited)
+        for name, picture in pictures.items():
+            if self.rules.fit == "exact" and size_of(picture.image) != size:
+                found, wanted = _words(size_of(picture.image)), " or ".join(map(_words, self.rules.sizes))
+                raise Rejected("wrong size", f"{name} is {found}, not {wanted}", picture.file)
+        if same_after_fit(source.image, edited.image, size):
+            raise Rejected("source == edited", "the two images are the same, pixel by pixel", edited.file)
+        return size
+
+    def _write(self, name: str, key: str, picture: "_Picture") -> Place:
+        """Keep the file as it came: scaling it here would only cost an encoding and a second decoding."""
+        folder = self.out / "images" / hash_of(key.encode())[:2]  # one folder of a million files is slow everywhere
+        make_folder(folder)
+        path = folder / f"{name}.{picture.suffix}"
+        write_atomically(path, picture.content, durable=False)
+        return path
+
+    def _decide(self, job: _Job, done: Triplet | Rejected) -> None:
+        """The part that depends on the rows before, done in their order."""
+        if isinstance(done, Triplet):
+            done = self._once(done)
+        if isinstance(done, Rejected):
+            self.ledger.reject(job.number, done.reason, _reject(job, done, self.layout))
+            return
+        self.ledger.take(job.number, done)
+        self.repeats += bool(done.repeats)
+        if job.old and done.stamp == job.old.stamp and done.hashes == job.old.hashes:
+            self.reused += 1
+        else:
+            self.accepted += 1
+
+    def _once(self, triplet: Triplet) -> Triplet | Rejected:
+        """The triplet, flagged if it repeats an earlier one, or its rejection."""
+        searches = (
+            ("duplicate", self.rules.duplicates, self.ledger.same),
+            ("near duplicate", self.rules.near_duplicates, self.ledger.similar),
+        )
+        for reason, what, search in searches:
+            if what != "keep" and (first := search(triplet)):
+                if what == "flag":
+                    return replace(triplet, repeats=first)
+                for path in triplet.files.values():
+                    remove(path)
+                return Rejected(reason, f"the same edit as {first}", str(triplet.edited.name))
+        return replace(triplet, repeats="")
+
+    def _finish(self) -> Report:
+        """Everything on the disk, the lists last, and the ledger gone."""
+        os.sync()  # the images before the list that names them
+        for name, lines in ((REJECTS, self.ledger.rejects()), (LIST, self.ledger.taken())):
+            with replacing(self.out / name) as file:
+                file.writelines(lines)
+        report = Report(self.accepted, self.reused, self.ledger.reasons(), self.repeats)
+        self.ledger.close()
+        (scratch(self.out) / LEDGER).unlink()
+        return report
+
+
+def _refuse_misaligned(source: _Picture, edited: _Picture) -> None:
+    """Pictures of two shapes would be cropped differently, and the edit would look like a zoom."""
+    (h, w), (height, width) = size_of(source.image), size_of(edited.image)
+    if abs(w * height / (h * width) - 1) > ASPECT_TOLERANCE:
+        detail = f"source is {h}x{w} (height x width), edited is {height}x{width}"
+        raise Rejected("unequal sizes", detail, edited.file)
+
+
+def _words(size: Size) -> str:
+    return f"{size[0]}x{size[1]}"
+
+
+def _reject(job: _Job, why: Rejected, layout: Layout) -> dict[str, object]:
+    """A line of rejects.jsonl: where the row stands, its id, the file it is about, reason and detail."""
+    key = job.draft.id if isinstance(job.draft, Draft) else id_of(job.row.values, layout)
+    words = {"list": job.row.file, "line": job.row.line, "id": key, "file": why.file or job.row.file}
+    words |= {"reason": why.reason, "detail": why.detail}
+    return {k: v.encode("utf-8", "replace").decode() if isinstance(v, str) else v for k, v in words.items()}
