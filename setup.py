@@ -42,7 +42,7 @@ setup(
     extras_require={
         "gpu": ["xformers>=0.0.35,<0.1"],
         "lora": ["peft>=0.21,<0.22"],
-        "parquet": ["pyarrow>=21,<27"],
+        "parquet": ["pyarrow>=26,<27"],
         "s3": ["s3fs>=2025.3"],
         "gs": ["gcsfs>=2025.3"],
         "http": ["aiohttp>=3.9"],

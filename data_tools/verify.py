@@ -21,13 +21,13 @@ import numpy as np
 import torch
 
 from v4e.data.disk import TEMPORARY, hash_of, readable
+from v4e.data.index import Member
 from v4e.data.members import PICTURES, WORDS, declared, refuse_nonfinite, unpack
 from v4e.data.places import Place, exists, listable, place, read_bytes, read_range, sizes
 from v4e.data.shards import (
     BLOCK,
     SHARD,
     Index,
-    Member,
     SetMeta,
     ShardInfo,
     ShardSet,

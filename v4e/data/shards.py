@@ -16,15 +16,15 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal, TypeVar, overload
+from typing import Literal, overload
 
 import numpy as np
 import torch
+from xxhash import xxh3_128_hexdigest
 
 from v4e.data.disk import (
     TEMPORARY,
     agree,
-    digest_of,
     hash_of,
     lock,
     readable,
@@ -34,6 +34,7 @@ from v4e.data.disk import (
     writable,
     write_atomically,
 )
+from v4e.data.index import REDO, Index, index_path, read_members
 from v4e.data.members import MEMBERS, PICTURES, check_key, pack, unpack
 from v4e.data.places import (
     NotFoundError,
@@ -46,7 +47,6 @@ from v4e.data.places import (
     put_new,
     read_bytes,
     read_many,
-    read_range,
     remove,
     sizes,
 )
@@ -56,11 +56,7 @@ from v4e.nouns import Grid, Sample
 FORMAT = 1
 SHARD = re.compile(r"\d{3,}-\d{6,}\.tar")
 BLOCK = tarfile.BLOCKSIZE
-INDEXED = 300_000  # samples of which an open set keeps the index in memory, about 75 MB
-GAP = {False: 4096, True: 1 << 20}  # bytes that are rather read than skipped, on a disk and over a network
-P = TypeVar("P", Path, Place)
-_COLUMN = {kind: column for column, kind in enumerate(MEMBERS)}
-_REDO = "copy it again, or delete this shard, its index and manifest.json and run the command that wrote the set again"
+INDEXED = 300_000  # samples of which an open set keeps the index in memory, about 100 MB
 
 Setting = str | int | float | bool
 
@@ -106,58 +102,6 @@ class ShardInfo:
     samples: int
     bytes: int
     index: str
-
-
-@dataclass(frozen=True)
-class Member:
-    """A file inside a tar: where its content begins, how long it is, blake2b of it (16 bytes)."""
-
-    offset: int
-    size: int
-    hash: bytes
-
-
-class Index:
-    """Where each member of one shard lies; held as arrays, about 250 bytes a sample.
-
-    Args:
-        path: of the index file.
-        content: of the file, where it was read already.
-
-    Raises:
-        DataError: unreadable, or it names a key or a kind of member that cannot be.
-    """
-
-    def __init__(self, path: Place, content: bytes | None = None) -> None:
-        self.where = str(path)
-        content = read_bytes(path) if content is None else content
-        with readable(self.where):
-            body = json.loads(content)
-            rows, self.bytes = body["samples"], int(body["bytes"])
-            self.keys = [str(key) for key, _ in rows]
-            at = [(row, _COLUMN[kind]) for row, (_, members) in enumerate(rows) for kind in members]
-            found = [member for _, members in rows for member in members.values()]
-            where = tuple(np.array(at, dtype=np.intp).reshape(-1, 2).T)
-            self._place = np.full((len(rows), len(MEMBERS), 2), -1, dtype=np.int64)
-            self._place[where] = np.array([m[:2] for m in found], dtype=np.int64).reshape(-1, 2)
-            self._hash = np.zeros((len(rows), len(MEMBERS), 16), dtype=np.uint8)
-            digests = b"".join(bytes.fromhex(digest) for _, _, digest in found)
-            self._hash[where] = np.frombuffer(digests, np.uint8).reshape(-1, 16)
-        for key in self.keys:
-            check_key(key, self.where)
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    def member(self, row: int, kind: str) -> Member | None:
-        """Where the row's member of this kind lies; None when the sample has none."""
-        column = _COLUMN[kind]
-        offset, size = self._place[row, column].tolist()
-        return None if offset < 0 else Member(offset, size, self._hash[row, column].tobytes())
-
-    def members(self, row: int) -> dict[str, Member]:
-        """All members of a row, in the order they lie in the tar."""
-        return {kind: m for kind in MEMBERS if (m := self.member(row, kind))}
 
 
 class ShardWriter:
@@ -322,6 +266,7 @@ class _Shard:
     def __init__(self, path: Place, seconds: float = 0.0) -> None:
         self.path, self.keys, self.size = path, [], 0
         self._rows: list[list[object]] = []
+        self._quick: list[str] = []
         self._counts, self._tasks = Counter[str](), Counter[str]()
         self._began = time.monotonic() - seconds
         self._temporary = scratch(path.parent) / f"{TEMPORARY}{path.name}"
@@ -346,7 +291,7 @@ class _Shard:
         self._file.close()
         self._place(self.path, self._temporary)
         write_atomically(self.path.with_name(f"{self.path.stem}_stats.json"), to_json(self._stats()))
-        self._place(index_path(self.path), to_json({"format": FORMAT, "bytes": self.size, "samples": self._rows}))
+        self._place(index_path(self.path), to_json(self._index()))
         self._temporary.unlink(missing_ok=True)
 
     def drop(self) -> None:
@@ -374,7 +319,11 @@ class _Shard:
         self._file.write(bytes(-len(content) % BLOCK))
         place = self.size + BLOCK
         self.size = place + len(content) + -len(content) % BLOCK
+        self._quick.append(xxh3_128_hexdigest(content))
         return [place, len(content), hash_of(content)]
+
+    def _index(self) -> dict[str, object]:
+        return {"format": FORMAT, "bytes": self.size, "samples": self._rows, "quick": self._quick}
 
     def _stats(self) -> dict[str, object]:
         seconds = time.monotonic() - self._began
@@ -499,23 +448,26 @@ class ShardSet:
         return list(self.index(shard).members(row))
 
     def raw(self, i: int, kind: str) -> bytes | None:
-        """One member's bytes, checked against their hash; None when the sample has no such member.
+        """One member's bytes, checked against their strong hash; None when the sample has no such member.
 
         Raises:
             DataError: the shard is missing or cut short, or the bytes are not those that were written.
         """
-        content = self.members(i, [kind]).get(kind)
+        content = self.members(i, [kind], strong=True).get(kind)
         return None if content is None else bytes(content)
 
-    def members(self, i: int, kinds: Sequence[str] = MEMBERS) -> dict[str, memoryview]:
+    def members(self, i: int, kinds: Sequence[str] = MEMBERS, strong: bool = False) -> dict[str, memoryview]:
         """The bytes of those members that a sample has, checked against their hashes; neighbours are read at once.
+
+        Args:
+            strong: check against blake2b and not against xxh3, which finds every accident but no forgery.
 
         Raises:
             DataError: the shard is missing or cut short, or the bytes are not those that were written.
         """
         shard, row = self.locate(i)
         wanted = {kind: m for kind in kinds if (m := self.index(shard).member(row, kind))}
-        return _read_members(self.folder / self.shards[shard].name, self.keys[i], wanted)
+        return read_members(self.folder / self.shards[shard].name, self.keys[i], wanted, strong)
 
     def sample(self, i: int, pictures: bool = False) -> Sample:
         """Read one sample; tensors as they were stored, pictures only when asked for.
@@ -531,9 +483,9 @@ class ShardSet:
         info = self.shards[shard]
         path = index_path(self.folder / info.name)
         if hash_of(content := read_bytes(path)) != info.index:
-            raise DataError("the index is not the one the manifest names", where=str(path), fix=_REDO)
+            raise DataError("the index is not the one the manifest names", where=str(path), fix=REDO)
         if len(index := Index(path, content)) != info.samples:
-            raise DataError(f"does not hold {info.samples} samples", where=str(path), fix=_REDO)
+            raise DataError(f"does not hold {info.samples} samples", where=str(path), fix=REDO)
         return index
 
 
@@ -650,60 +602,19 @@ def check_sizes(folder: Place, shards: Iterable[ShardInfo]) -> None:
     for shard in shards:
         path = folder / shard.name
         if shard.name not in there:
-            raise DataError("the shard is missing", where=str(path), fix=_REDO)
+            raise DataError("the shard is missing", where=str(path), fix=REDO)
         if (size := there[shard.name]) != shard.bytes:
-            raise DataError(f"the shard is cut short: {size} bytes of {shard.bytes}", where=str(path), fix=_REDO)
+            raise DataError(f"the shard is cut short: {size} bytes of {shard.bytes}", where=str(path), fix=REDO)
         if (index := index_path(Path(shard.name)).name) not in there:
-            raise DataError("cannot be read: the index is missing", where=str(folder / index), fix=_REDO)
+            raise DataError("cannot be read: the index is missing", where=str(folder / index), fix=REDO)
 
 
 def check_shard(folder: Path, shard: ShardInfo) -> None:
     """Index as hashed in the manifest, tar of the right size; DataError naming the file."""
     path = folder / shard.name
     if hash_of(read_bytes(index_path(path))) != shard.index:
-        raise DataError("the index is not the one the manifest names", where=str(index_path(path)), fix=_REDO)
+        raise DataError("the index is not the one the manifest names", where=str(index_path(path)), fix=REDO)
     if not path.is_file():
-        raise DataError("the shard is missing", where=str(path), fix=_REDO)
+        raise DataError("the shard is missing", where=str(path), fix=REDO)
     if (size := path.stat().st_size) != shard.bytes:
-        raise DataError(f"the shard is cut short: {size} bytes of {shard.bytes}", where=str(path), fix=_REDO)
-
-
-def _read_members(path: Place, key: str, wanted: Mapping[str, Member]) -> dict[str, memoryview]:
-    """The members of one sample, in as few reads as their places allow."""
-    found = {}
-    for run in _runs(list(wanted.items()), GAP[is_remote(path)]):
-        start, end = run[0][1].offset, run[-1][1].offset + run[-1][1].size
-        where = f"{path}, key {key}"
-        try:
-            content = memoryview(read_range(path, start, end - start))
-        except DataError as error:
-            raise DataError(error.what, where=f"{where}.{run[0][0]}", fix=error.fix) from error
-        for kind, m in run:
-            part = content[m.offset - start : m.offset - start + m.size]
-            found[kind] = _checked(part, m, f"{where}.{kind}")
-    return found
-
-
-def _runs(wanted: Sequence[tuple[str, Member]], gap: int) -> Iterator[list[tuple[str, Member]]]:
-    """Members that lie close enough together to be read at once."""
-    run: list[tuple[str, Member]] = []
-    for kind, member in wanted:
-        if run and not 0 <= member.offset - run[-1][1].offset - run[-1][1].size <= gap:
-            yield run
-            run = []
-        run.append((kind, member))
-    if run:
-        yield run
-
-
-def _checked(content: memoryview, member: Member, where: str) -> memoryview:
-    if len(content) != member.size:
-        raise DataError(f"the shard is cut short: {len(content)} of {member.size} bytes", where=where, fix=_REDO)
-    if digest_of(content) != member.hash:
-        raise DataError("its bytes are not those that were written", where=where, fix=_REDO)
-    return content
-
-
-def index_path(tar: P) -> P:
-    """Where a shard's index lies."""
-    return tar.with_suffix(".index.json")
+        raise DataError(f"the shard is cut short: {size} bytes of {shard.bytes}", where=str(path), fix=REDO)
