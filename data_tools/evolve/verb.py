@@ -4,9 +4,10 @@ import argparse
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from data_tools.evolve import template
 from data_tools.evolve.writers import (
@@ -20,7 +21,7 @@ from data_tools.evolve.writers import (
 )
 from data_tools.ingest import Triplet, iterate, write_triplets
 from v4e import config as settings_of
-from v4e.data.disk import lock, plain_folder, to_json, writable, write_atomically
+from v4e.data.disk import lock, plain_folder, readable, to_json, writable, write_atomically
 from v4e.errors import ConfigError, DataError
 from v4e.journal import open_bar
 
@@ -28,6 +29,8 @@ LOG, REPORT, UNFIT = ".evolved.jsonl", "evolve.json", "evolve_fallbacks.jsonl"
 SETTINGS = {"local": LocalSettings, "server": ServerSettings}
 FALLBACK = re.compile(r"template \d+ for (?P<asked>.+) \((?P<why>[^()]+)\)")
 PASSING = "another try may help"
+SPENT = ("read", "wrote", "cached")
+Row = dict[str, Any]  # a line of the log: a triplet's id and stamp, what was written, and what that cost
 
 
 @dataclass
@@ -40,7 +43,7 @@ class Report:
         kept: prompts that were there already, by who wrote them ("data" for those that came with it).
         fallbacks: prompts that the template wrote because the writer could not, by reason.
         unwritten: ids of triplets whose instruction says nothing.
-        read, wrote: tokens paid for; ``cached`` answers cost none.
+        read, wrote: tokens paid for, by a killed run before this one too; ``cached`` answers cost none.
         cost: of those tokens, in the prices' currency.
     """
 
@@ -54,6 +57,21 @@ class Report:
     wrote: int = 0
     cached: int = 0
     cost: float = 0.0
+
+    def spend(self, row: Row) -> None:
+        """Count what a row of the log cost."""
+        for name in SPENT:
+            setattr(self, name, getattr(self, name) + row[name])
+
+    def count(self, row: Row) -> None:
+        """Count what came of a row of the log."""
+        if not row["evolution"]:
+            self.unwritten.append(row["id"])
+            return
+        self.written[row["task"]] += 1
+        self.families[template.family_of(row["task"])] += 1
+        if row["failure"]:
+            self.fallbacks[row["failure"]] += 1
 
     def __str__(self) -> str:
         lines = [f"{self.written.total()} written by {self.writer}{_counts(self.written)}"]
@@ -95,9 +113,10 @@ def add_evolutions(
         next(iterate(folder), None)  # says what is missing
     with writable(folder), lock(folder / ".evolve.lock"):
         report = Report(writer.signature)
-        _fold(folder, report)
+        unfit: list[bytes] = []  # of what a killed run finished, then of what this one did
+        _fold(folder, report, lambda row, t: unfit.extend(_failure(row) if settled(t, report.writer, again) else []))
         _write_missing(folder, writer, again, report)
-        unfit = _fold(folder, report)
+        _fold(folder, report, lambda row, t: unfit.extend(_failure(row)) or report.count(row))
         report.cost = (report.read * prices[0] + report.wrote * prices[1]) / 1e6
         write_atomically(folder / UNFIT, b"".join(unfit))
         write_atomically(folder / REPORT, to_json(vars(report), indent=1))
@@ -119,7 +138,7 @@ def settled(triplet: Triplet, signature: str, again: bool) -> bool:
 
 def _write_missing(folder: Path, writer: Writer, again: bool, report: Report) -> None:
     """Ask for every prompt that is missing; each answer is in the log before the next is waited for."""
-    keeps, total = Counter[str](), 0
+    keeps, total, fallen = Counter[str](), 0, 0
     for triplet in iterate(folder):
         total += 1
         if settled(triplet, report.writer, again):
@@ -130,45 +149,55 @@ def _write_missing(folder: Path, writer: Writer, again: bool, report: Report) ->
         for drafts in writer.drafts(missing):
             log.write(b"".join(to_json(_row(draft, report.writer)) + b"\n" for draft in drafts))
             log.flush()
-            bar.advance(len(drafts), fallbacks=(report.fallbacks.total()))
+            fallen += sum(bool(draft.failure) for draft in drafts)
+            bar.advance(len(drafts), fallbacks=fallen)
 
 
-def _row(draft: Draft, signature: str) -> dict[str, object]:
-    """What a draft comes to, as a line of the log: the writer's own prompt, or the template's in its place."""
-    triplet, prompt, task, writer = draft.triplet, draft.prompt, draft.triplet.task, signature
-    try:
-        made = template.write(triplet.instruction)
-        task = task or made.task
-        if not prompt and signature != TemplateWriter().signature:
-            why = f"{draft.failure}, {PASSING}" if draft.passing else draft.failure
-            prompt, writer = made.prompt, f"{TemplateWriter().signature} for {signature} ({why})"
-    except DataError:
-        task = task or "other"
-    spent = {"read": draft.read, "wrote": draft.wrote, "cached": draft.cached}
+def _row(draft: Draft, signature: str) -> Row:
+    """What a draft comes to, as a line of the log."""
+    triplet = draft.triplet
+    prompt, task, writer = _told(draft, signature)
+    new = {"evolution": prompt, "task": triplet.task or task, "writer": writer}
     failed = {"failure": draft.failure, "detail": draft.detail}
-    new = {"evolution": prompt, "task": task, "writer": writer if prompt else ""}
-    return {"id": triplet.id, "stamp": triplet.stamp, **new, **failed, **spent}
+    return {"id": triplet.id, "stamp": triplet.stamp, **new, **failed, **{k: getattr(draft, k) for k in SPENT}}
 
 
-def _fold(folder: Path, report: Report) -> list[bytes]:
-    """Bring the log into the list, count it, and end it; returns what is to be said of the rows that fell back."""
+def _told(draft: Draft, signature: str) -> tuple[str, str, str]:
+    """Prompt, task and who wrote it: the writer; where it failed, a model before it, or else the template."""
+    old = draft.triplet
+    try:
+        made = template.write(old.instruction)
+    except DataError:
+        return draft.prompt, "other", signature * bool(draft.prompt)
+    if draft.prompt:
+        return draft.prompt, made.task, signature
+    if old.evolution and not old.writer.startswith(template.NAME):
+        return old.evolution, made.task, old.writer
+    why = f"{draft.failure}, {PASSING}" if draft.passing else draft.failure
+    return made.prompt, made.task, f"{TemplateWriter().signature} for {signature} ({why})"
+
+
+def _fold(folder: Path, report: Report, met: Callable[[Row, Triplet], object]) -> None:
+    """Bring the log into the list, and end it."""
     path = folder / LOG
     if not path.is_file():
-        return []
-    places, unfit = _places(path), []
+        return
+    places = _places(path)
 
     def merged() -> Iterator[Triplet]:
         with open(path, "rb") as log:
             for triplet in iterate(folder):
-                row = _read_row(log, places.get(triplet.id))
-                if row and row["stamp"] == triplet.stamp:
-                    unfit.extend(_count(row, report))
-                    triplet = replace(triplet, **{k: row[k] for k in ("evolution", "task", "writer")})
+                if (at := places.get(triplet.id)) is not None:
+                    log.seek(at)
+                    row = json.loads(log.readline())
+                    report.spend(row)
+                    if row["stamp"] == triplet.stamp:  # else it was ingested anew since
+                        triplet = replace(triplet, **{k: row[k] for k in ("evolution", "task", "writer")})
+                        met(row, triplet)
                 yield triplet
 
     write_triplets(folder, merged())
     path.unlink()
-    return unfit
 
 
 def _places(log: Path) -> dict[str, int]:
@@ -177,30 +206,15 @@ def _places(log: Path) -> dict[str, int]:
     with open(log, "rb") as file:
         for line in file:
             if line.endswith(b"\n"):
-                places[json.loads(line)["id"]] = at
+                with readable(f"{log}, byte {at}"):
+                    places[json.loads(line)["id"]] = at
             at += len(line)
     return places
 
 
-def _read_row(log, at: int | None):
-    if at is None:
-        return None
-    log.seek(at)
-    return json.loads(log.readline())
-
-
-def _count(row: dict, report: Report) -> Iterator[bytes]:
-    """Add a row to the report; yields a line about it where the writer failed."""
-    report.read, report.wrote = report.read + row["read"], report.wrote + row["wrote"]
-    report.cached += row["cached"]
-    if row["evolution"]:
-        report.written[row["task"]] += 1
-        report.families[template.family_of(row["task"])] += 1
-    else:
-        report.unwritten.append(row["id"])
-    if row["failure"]:
-        report.fallbacks[row["failure"]] += bool(row["evolution"])
-        yield to_json({k: row[k] for k in ("id", "failure", "detail", "writer")}) + b"\n"
+def _failure(row: Row) -> list[bytes]:
+    """A line about a row whose writer failed."""
+    return [to_json({k: row[k] for k in ("id", "failure", "detail", "writer")}) + b"\n"] if row["failure"] else []
 
 
 def _refuse(report: Report, folder: Path, max_fallback_fraction: float) -> None:

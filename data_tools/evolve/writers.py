@@ -4,7 +4,6 @@ import json
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import closing
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -226,7 +225,7 @@ class ServerWriter:
             V4EError: it has answered nothing for a long time.
         """
         in_a_row = 0
-        with closing(self.vlm), ThreadPoolExecutor(self.settings.concurrency) as pool:
+        with ThreadPoolExecutor(self.settings.concurrency) as pool:
             try:
                 for done in _as_finished(pool, self._draft, triplets, 2 * self.settings.concurrency):
                     good = [f.result() for f in done if not f.exception()]
@@ -281,13 +280,13 @@ def _question(triplet: Triplet) -> Question | Draft:
 
 def _draft(triplet: Triplet, reply: Reply) -> Draft:
     """A reply as a prompt, if it is fit to be one."""
-    spent = {"read": reply.read, "wrote": reply.wrote}
+    draft = Draft(triplet, read=reply.read, wrote=reply.wrote)
     if reply.failure:
-        return Draft(triplet, "", reply.failure, reply.detail, reply.passing, **spent)
+        return replace(draft, failure=reply.failure, detail=reply.detail, passing=reply.passing)
     try:
-        return Draft(triplet, answers.prompt_of(reply.text, template.is_chinese(triplet.instruction)), **spent)
+        return replace(draft, prompt=answers.prompt_of(reply.text, template.is_chinese(triplet.instruction)))
     except answers.Unfit as why:
-        return Draft(triplet, failure=str(why), detail=reply.text[:300], **spent)
+        return replace(draft, failure=str(why), detail=reply.text[:300])
 
 
 def _hash_of(clip: Clip) -> str:

@@ -51,7 +51,6 @@ class Reply:
         failure: a short reason to count; ``detail`` is a sentence about it.
         passing: whether the failure is of the moment, so that asking another time may help.
         read, wrote: tokens of question and answer.
-        tries: how often it was asked.
     """
 
     text: str = ""
@@ -60,7 +59,6 @@ class Reply:
     passing: bool = False
     read: int = 0
     wrote: int = 0
-    tries: int = 1
 
 
 class Vlm(Protocol):
@@ -115,7 +113,7 @@ class LocalVlm:
         place = device or ("cuda" if torch.cuda.is_available() else "cpu")
         try:
             processor = AutoProcessor.from_pretrained(folder)
-            model = AutoModelForImageTextToText.from_pretrained(folder, dtype=TYPES[dtype], use_safetensors=True)
+            model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=TYPES[dtype], use_safetensors=True)
         except (OSError, ValueError, ImportError, KeyError) as error:
             raise CheckpointError(
                 f"not a vision-language model that transformers can load: {str(error).splitlines()[0]}",
@@ -166,7 +164,9 @@ class LocalVlm:
         wrote = int(ended[0, 0]) + 1 if len(ended) else len(new)
         if not len(ended) and len(new) >= self.tokens:
             return Reply(failure="cut off", detail=f"no end within {self.tokens} tokens", read=read, wrote=wrote)
-        return Reply(text.strip(), read=read, wrote=wrote)
+        if not (text := text.strip()):
+            return Reply(failure="empty", detail="nothing but special tokens", read=read, wrote=wrote)
+        return Reply(text, read=read, wrote=wrote)
 
 
 # ----------------------------------------------------------------------------------------------- a server
@@ -236,11 +236,11 @@ class ServerVlm:
             tries += 1
             try:
                 self._closed.wait(max(0.0, self._open_again - time.monotonic()))
-                return self._answer(self._post(body), tries)
+                return self._answer(self._post(body))
             except _Trouble as trouble:
                 if not trouble.passing or tries > self.retries or self._closed.is_set():
                     detail = self._discreet(trouble.detail)
-                    return Reply(failure=trouble.reason, detail=detail, passing=trouble.passing, tries=tries)
+                    return Reply(failure=trouble.reason, detail=detail, passing=trouble.passing)
                 self._wait(tries, trouble.after)
 
     def _wait(self, tries: int, after: float) -> None:
@@ -278,7 +278,7 @@ class ServerVlm:
         refusal = re.search(r"content[_ ](?:policy|filter)|safety|moderation", got.text, re.IGNORECASE)
         raise _Trouble("refusal" if refusal else "bad request", said, passing=False)
 
-    def _answer(self, got: httpx.Response, tries: int) -> Reply:
+    def _answer(self, got: httpx.Response) -> Reply:
         try:
             answer = got.json()
             choice, usage = answer["choices"][0], answer.get("usage") or {}
@@ -293,8 +293,8 @@ class ServerVlm:
         failure = failure or ("" if text.strip() else "empty")
         text = self._discreet(text.strip())
         if failure:
-            return Reply("", failure, self._discreet(str(refusal or text)[:300]), False, read, wrote, tries)
-        return Reply(text, read=read, wrote=wrote, tries=tries)
+            return Reply("", failure, self._discreet(str(refusal or text)[:300]), False, read, wrote)
+        return Reply(text, read=read, wrote=wrote)
 
     def _body(self, question: Question) -> bytes:
         content = [{"type": "text", "text": p} if isinstance(p, str) else self._image(p) for p in question.parts]
@@ -310,7 +310,7 @@ class ServerVlm:
 
     def _discreet(self, text: str) -> str:
         """Servers quote requests in their errors; the key must not come back that way."""
-        return text.replace(self.key, "***") if self.key else text
+        return text.replace(self.key, "[key]") if self.key else text
 
     def _refuse_unsafe(self) -> None:
         address = httpx.URL(self.url)
