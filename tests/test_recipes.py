@@ -290,6 +290,35 @@ def test_flow_share_is_the_share_of_samples_off_the_grid():
     assert 0.18 < off / 400 < 0.32
 
 
+def test_own_states_are_where_the_first_step_leads_and_the_paths_end_stays_the_target():
+    """A student that answers ``u`` to noise is then asked at noise + (sigma - 1) u, and is right to point at x'_0."""
+    recipe, batch, offset = stored(bow=1.0, own_every=2)
+    u = draw().normal("any", *batch.clip_BCthw.shape[1:])
+    end, asked = batch.rollout.end_BCthw + offset, []
+
+    def student(x, sigma, conditions, taps=()):
+        asked.append((x, sigma, torch.is_grad_enabled()))
+        return (u if len(asked) == 1 else flow.from_x0(x, end, sigma),)
+
+    made = recipe.losses({"student": student}, batch, draw(), "student", 1)
+    (noise, first, graded), (x, sigma, _) = asked
+    assert not graded and torch.equal(noise, draw().normal("own", *noise.shape[1:]))
+    assert torch.allclose(first, torch.ones(3)) and set(sigma.tolist()) <= set(LEVELS[1:].tolist())
+    assert torch.allclose(x, noise + (flow.like(sigma, x) - 1) * u, atol=1e-5)
+    assert told(made)["own"] == pytest.approx(0, abs=1e-9)
+    assert told(made)["velocity"] == told(made)["trajectory"] == told(made)["tail"] == 0
+
+
+def test_own_states_come_every_so_often_and_leave_flow_matching_alone():
+    recipe, batch, _ = stored(bow=0.0, own_every=3)
+    student = {"student": stub(torch.zeros_like(batch.clip_BCthw))}
+    assert ["own" in recipe.losses(student, batch, draw(), "student", step).terms for step in range(6)] == [
+        False, False, True, False, False, True,
+    ]  # fmt: skip
+    mixed = replace(recipe, flow_share=1.0).losses(student, batch, draw(), "student", 2)
+    assert told(mixed)["own"] == 0 and told(mixed)["flow"] > 0.1
+
+
 def test_the_handover_moves_weight_from_velocity_to_trajectory():
     terms = Terms(velocity=2.0, trajectory=0.5, tail=0.3, block=0.2, flow=0.7, handover=(0.2, 0.6))
     recipe = video4edit(terms=terms)

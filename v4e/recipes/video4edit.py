@@ -31,6 +31,7 @@ class Terms:
         tail: clean estimate of the last latent frame against the tail target.
         block: hidden states of chosen blocks.
         flow: flow matching at noise levels off the grid.
+        own: from a state the student itself reached, the mean velocity to the path's clean end.
         handover: (start, end) as fractions of the run.
     """
 
@@ -39,14 +40,19 @@ class Terms:
     tail: float = 0.5
     block: float = 0.1
     flow: float = 1.0
+    own: float = 1.0
     handover: tuple[float, float] = (0.1, 0.4)
+
+
+OFF_GRID, OWN = -1, -2
 
 
 class Point(NamedTuple):
     """Where the student is trained: a state, its noise level, and what the path says there.
 
     Args:
-        kept_B: index of the stored level, or -1 where the state was made by flow matching.
+        kept_B: index of the stored level, or OFF_GRID where the state was made by flow matching, or OWN where the
+            student reached it.
     """
 
     x_BCthw: Tensor
@@ -71,6 +77,8 @@ class Video4Edit:
         edit_boost: extra weight of places the roll-out changes (losses.region_weight).
         student_blocks, teacher_blocks: pairs that are matched.
         block_every: steps between two with the `block` term, which costs a forward of the teacher.
+        own_every: steps between two that train at the student's own states instead of stored ones, which costs a
+            forward of the student; 0 for none.
         terms: weights and their schedule.
     """
 
@@ -85,6 +93,7 @@ class Video4Edit:
     student_blocks: tuple[int, ...] = ()
     teacher_blocks: tuple[int, ...] = ()
     block_every: int = 1
+    own_every: int = 0
     terms: Terms = field(default_factory=Terms)
     attention: wan.Attention = "auto"
     fold_text_padding: bool = False
@@ -111,10 +120,15 @@ class Video4Edit:
     def losses(self, players: Mapping[str, Backbone], batch: EditBatch, draw: Draw, turn: str, step: int) -> Losses:
         assert batch.rollout is not None  # collate(rollout=True) refuses samples without one
         point = self._point(batch, batch.rollout, draw)
+        own = self.own_every > 0 and (step + 1) % self.own_every == 0
+        if own:
+            point = self._reached(players[turn], point, batch, draw)
         matches = self._matches_blocks and step % self.block_every == 0
         taps = self.student_blocks if matches else ()
         v, *hidden = players[turn](point.x_BCthw, point.sigma_B, batch.conditions, taps)
         terms = self._terms(v, point, batch)
+        if own:
+            terms["own"] = self._own_term(v, point, batch)
         if matches:
             terms["block"] = self._block_term(players["teacher"], hidden, point, batch, batch.rollout)
         return Losses(terms, self.weights_at(step))
@@ -130,6 +144,7 @@ class Video4Edit:
             "tail": self.terms.tail,
             "block": self.terms.block,
             "flow": self.terms.flow,
+            "own": self.terms.own,
         }
 
     @property
@@ -176,21 +191,36 @@ class Video4Edit:
         kept_B = draw_levels(draw.uniform("kept"), rollout.sigma_BK, self.level_bias)
         stored = anchored(batch, rollout, kept_B)
         mixed = self._mixed(batch, draw)
-        use_flow_B = draw.uniform("flow") < self.flow_share
-        return Point(*(torch.where(flow.like(use_flow_B, a).bool(), b, a) for a, b in zip(stored, mixed, strict=True)))
+        return choose(draw.uniform("flow") < self.flow_share, mixed, stored)
 
     def _mixed(self, batch: EditBatch, draw: Draw) -> Point:
         """Flow matching's own point: straight path, noise level drawn and shifted."""
         noise = draw.normal("noise", *batch.clip_BCthw.shape[1:])
         sigma_B = flow.shift(draw.uniform("sigma"), self.shift)
         x = flow.mix(batch.clip_BCthw, noise, sigma_B)
-        none_kept = torch.full_like(sigma_B, -1, dtype=torch.long)
+        none_kept = torch.full_like(sigma_B, OFF_GRID, dtype=torch.long)
         return Point(x, sigma_B, flow.velocity(batch.clip_BCthw, noise), batch.clip_BCthw, none_kept)
+
+    def _reached(self, student: Backbone, point: Point, batch: EditBatch, draw: Draw) -> Point:
+        """Where the sampler's first step takes the student, in place of the stored states.
+
+        From noise, one Euler step to a level drawn from those of the few-step grids. The path's clean end stays the
+        target, whatever the state shows by then: what a first step got wrong, the next ones are to mend.
+        """
+        noise = draw.normal("own", *batch.clip_BCthw.shape[1:]).to(point.x_BCthw.device)
+        levels = self._few_levels.to(noise.device)
+        sigma_B = levels[1:][draw.integers("own", len(levels) - 1).to(noise.device)]
+        with torch.no_grad():
+            v = student(noise, levels[:1].expand(len(noise)), batch.conditions)[0]
+        x = noise + flow.like(sigma_B - levels[0], noise) * v.float()
+        mean_v = flow.from_x0(x, point.end_BCthw, sigma_B)
+        reached = Point(x, sigma_B, mean_v, point.end_BCthw, torch.full_like(point.kept_B, OWN))
+        return choose(point.kept_B >= 0, reached, point)
 
     def _terms(self, v: Tensor, point: Point, batch: EditBatch) -> dict[str, Tensor]:
         region = losses.region_weight(batch.change_Bthw, self.edit_boost)
         on_grid_B = (point.kept_B >= 0).float() * batch.weight_B
-        off_grid_B = (point.kept_B < 0).float() * batch.weight_B
+        off_grid_B = (point.kept_B == OFF_GRID).float() * batch.weight_B
         few_B = on_grid_B * at_levels(point.sigma_B, self._few_levels.to(v.device))
         mean_v = flow.from_x0(point.x_BCthw, point.end_BCthw, point.sigma_B)
         tail = flow.to_x0(point.x_BCthw, v.float(), point.sigma_B)[:, :, -1:]
@@ -200,6 +230,11 @@ class Video4Edit:
             "tail": losses.squared(tail, batch.tail_BChw[:, :, None], on_grid_B, region[:, :, -1:]),
             "flow": losses.squared(v, point.velocity_BCthw, off_grid_B, region),
         }
+
+    def _own_term(self, v: Tensor, point: Point, batch: EditBatch) -> Tensor:
+        own_B = (point.kept_B == OWN).float() * batch.weight_B
+        region = losses.region_weight(batch.change_Bthw, self.edit_boost)
+        return losses.squared(v, point.velocity_BCthw, own_B, region)
 
     def _block_term(
         self, teacher: Backbone, hidden: Sequence[Tensor], point: Point, batch: EditBatch, rollout: RolloutBatch
@@ -230,6 +265,11 @@ def anchored(batch: EditBatch, rollout: RolloutBatch, kept_B: Tensor) -> Point:
     offset[:, :, -1] = batch.tail_BChw - rollout.end_BCthw[:, :, -1]
     x, v = flow.anchor(rollout.x_BKCthw[rows, kept_B], rollout.v_BKCthw[rows, kept_B], sigma_B, offset)
     return Point(x, sigma_B, v, rollout.end_BCthw + offset, kept_B)
+
+
+def choose(pick_B: Tensor, a: Point, b: Point) -> Point:
+    """Each sample's point from ``a`` where ``pick_B`` says so, else from ``b``."""
+    return Point(*(torch.where(flow.like(pick_B, x).bool(), x, y) for x, y in zip(a, b, strict=True)))
 
 
 def draw_levels(uniform_B: Tensor, sigma_BK: Tensor, bias: float) -> Tensor:
