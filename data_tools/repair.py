@@ -16,6 +16,8 @@ from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from xxhash import xxh3_128_hexdigest
+
 from data_tools.verify import Problem, Report, check_samples, listed, read_index
 from v4e.data.disk import hash_of, lock, to_json, writable, write_atomically
 from v4e.data.members import WORDS
@@ -139,26 +141,25 @@ def _restore_index(folder: Path, shard: ShardInfo) -> bool:
     with suppress(DataError):
         read_index(tar, shard)
         return False
-    content = _index_of(tar)
-    if hash_of(content) != shard.index:
-        return False
-    _set_aside(index_path(tar))
-    write_atomically(index_path(tar), content)
-    return True
+    for content in _indexes_of(tar):
+        if hash_of(content) == shard.index:
+            _set_aside(index_path(tar))
+            write_atomically(index_path(tar), content)
+            return True
+    return False
 
 
-def _index_of(tar: Path) -> bytes:
-    """The index that the writer would have made; empty when the tar cannot be walked."""
-    rows: dict[str, dict[str, list[object]]] = {}
-    try:
-        with tarfile.open(tar, "r:") as file:
-            for info in file:
-                key, _, kind = info.name.partition(".")
-                content = read_range(tar, info.offset_data, info.size)
-                rows.setdefault(key, {})[kind] = [info.offset_data, info.size, hash_of(content)]
-    except (tarfile.TarError, OSError):
-        return b""
-    return to_json({"format": FORMAT, "bytes": tar.stat().st_size, "samples": [*rows.items()]})
+def _indexes_of(tar: Path) -> Iterator[bytes]:
+    """The indexes that a writer would have made, of now and of before it knew xxh3; none when the tar is torn."""
+    rows, quick = dict[str, dict[str, list[object]]](), list[str]()
+    with suppress(tarfile.TarError, DataError, OSError), tarfile.open(tar, "r:") as file:
+        for info in file:
+            key, _, kind = info.name.partition(".")
+            content = read_range(tar, info.offset_data, info.size)
+            rows.setdefault(key, {})[kind] = [info.offset_data, info.size, hash_of(content)]
+            quick.append(xxh3_128_hexdigest(content))
+        body = {"format": FORMAT, "bytes": tar.stat().st_size, "samples": [*rows.items()]}
+        yield from map(to_json, ({**body, "quick": quick}, body))
 
 
 def _best_index(tar: Path) -> tuple[Index | None, str]:
@@ -218,7 +219,9 @@ def _mend(folder: Path, meta: SetMeta, salvage: Salvage) -> list[str]:
     if not salvage.torn:
         return []
     _set_aside(tar, keep=True)
+    index = read_bytes(index_path(tar))
     write_shard(tar, _packed(folder, meta, salvage))
+    write_atomically(index_path(tar), index)  # that of an older writer says less
     return [tar.name]
 
 

@@ -19,10 +19,11 @@ from typing import TypeVar
 
 import numpy as np
 import torch
+from xxhash import xxh3_128_digest
 
-from v4e.data.disk import TEMPORARY, hash_of, readable
+from v4e.data.disk import TEMPORARY, digest_of, hash_of, readable
 from v4e.data.index import Member
-from v4e.data.members import PICTURES, WORDS, declared, refuse_nonfinite, unpack
+from v4e.data.members import MEMBERS, PICTURES, WORDS, declared, refuse_nonfinite, unpack
 from v4e.data.places import Place, exists, listable, place, read_bytes, read_range, sizes
 from v4e.data.shards import (
     BLOCK,
@@ -201,9 +202,24 @@ def read_index(tar: Place, shard: ShardInfo) -> Index:
     path = index_path(tar)
     if hash_of(content := read_bytes(path)) != shard.index:
         raise DataError("the index is not the one the manifest names", where=str(path))
-    if len(index := Index(path, content)) != shard.samples:
-        raise DataError(f"does not hold {shard.samples} samples", where=str(path))
-    return index
+    with _blaming(content, str(path)):
+        if len(index := Index(path, content)) != shard.samples:
+            raise DataError(f"does not hold {shard.samples} samples", where=str(path))
+        return index
+
+
+@contextmanager
+def _blaming(index: bytes, where: str) -> Iterator[None]:
+    """Say which sample an index cannot be read for, where it names a member that no sample has."""
+    try:
+        yield
+    except DataError as error:
+        with readable(where):
+            strange = [f"key {key}, member {m!r}" for key, row in json.loads(index)["samples"] for m in row]
+            strange = [words for words in strange if not words.endswith(tuple(f"'{kind}'" for kind in MEMBERS))]
+        if strange:
+            raise DataError("not one of a sample's members", where=f"{where}, {strange[0]}") from error
+        raise
 
 
 def _check_size(path: Place, shard: ShardInfo, there: Mapping[str, int]) -> None:
@@ -271,7 +287,7 @@ def _cut(content: memoryview, member: Member, start: int, where: str) -> memoryv
     part = content[member.offset - start : member.offset - start + member.size]
     if len(part) != member.size:
         raise DataError(f"the shard is cut short: {len(part)} of {member.size} bytes", where=where)
-    if bytes.fromhex(hash_of(part)) != member.hash:
+    if digest_of(part) != member.hash or (member.quick and xxh3_128_digest(part) != member.quick):
         raise DataError("its bytes are not those that were written", where=where)
     return part
 
@@ -367,7 +383,7 @@ def _check_end(whole: ShardSet, shard: int) -> list[Problem]:
     end = _reach(index, len(index) - 1)[1] if len(index) else 0
     note = _Notes(info.name)
     with note("unread"):
-        tail = read_range(whole.folder / info.name, end, min(LONGEST_END, max(0, info.bytes - end) + BLOCK))
+        tail = bytes(read_range(whole.folder / info.name, end, min(LONGEST_END, max(0, info.bytes - end) + BLOCK)))
         with note("tar structure"):
             _check_tail(tail, str(whole.folder / info.name))
     return note.problems
