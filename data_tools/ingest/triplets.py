@@ -91,8 +91,18 @@ class Triplet:
 
 
 def read_triplets(folder: str | Place) -> list[Triplet]:
-    """All of :func:`iterate`, in memory."""
-    return list(iterate(folder))
+    """All of :func:`iterate`, in memory.
+
+    Raises:
+        DataError: also when two lines have one id.
+    """
+    triplets, seen = list(iterate(folder)), set[str]()
+    for number, triplet in enumerate(triplets, start=1):
+        if triplet.id in seen:
+            where = f"{shown(place(folder) / LIST)}, line {number}"
+            raise DataError(f"an earlier line has the id {triplet.id!r} too", where=where, fix="run ingest again")
+        seen.add(triplet.id)
+    return triplets
 
 
 def iterate(folder: str | Place) -> Iterator[Triplet]:
@@ -136,9 +146,12 @@ def in_order(pool: ThreadPoolExecutor, work: Callable[[X], Y], items: Iterable[X
 
 
 def from_row(line: bytes, base: Place, where: str) -> Triplet:
-    """A triplet of its line; DataError names ``where``."""
+    """A triplet of its line, held against its ``check``; DataError names ``where``. Lines of your own need none."""
     with readable(where):
         row = json.loads(line)
+        if (check := row.pop("check", "")) and check != hash_of(to_json(row)):
+            fix = "run ingest again, or take the check out to keep what was changed"
+            raise DataError(f"key {row.get('id')}: not the line that was written", where=where, fix=fix)
         files = {k: base / row[k] if row[k] else None for k in PICTURES}
         size = tuple(row["size"]) if row.get("size") else None
         return Triplet(**{**row, **files, "size": size})
@@ -147,7 +160,8 @@ def from_row(line: bytes, base: Place, where: str) -> Triplet:
 def to_row(triplet: Triplet, base: Place) -> bytes:
     """A triplet as its line, files relative to ``base``."""
     files = {k: str(p).removeprefix(f"{base}/") if (p := getattr(triplet, k)) else None for k in PICTURES}
-    return to_json({**vars(triplet), **files}) + b"\n"
+    row = {**vars(triplet), **files}
+    return to_json({**row, "check": hash_of(to_json(row))}) + b"\n"
 
 
 @contextmanager
