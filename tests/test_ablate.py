@@ -51,7 +51,7 @@ def named(name: str, **fields) -> Run:
 
 def test_the_plan_is_complete():
     runs = ablate.plan(settings())
-    table = {"full", "minus_velocity", "minus_trajectory", "minus_tail", "minus_block", "minus_flow"}
+    table = {"full", "minus_velocity", "minus_trajectory", "minus_tail", "minus_block", "minus_flow", "minus_own"}
     table |= {"no_edit_boost", "no_flow_share", "no_level_bias", "sft", "sft_edit_boost"}
     curve = {f"{s}_{o}_{n}" for s, o, n in product(("prior", "fresh"), ("distilled", "sft"), COUNTS)}
     names = [run.name for run in runs] + [run.alias for run in runs if run.alias]
@@ -65,7 +65,7 @@ def test_the_plan_is_complete():
 def test_where_the_table_has_its_own_number_of_triplets_nothing_is_shared():
     runs = ablate.plan(settings(counts=(8, 32), table=24))
     assert not any(run.alias for run in runs)
-    assert len(runs) == 11 + 8
+    assert len(runs) == 12 + 8
     assert {run.triplets for run in runs if run.name in ablate.TERMS} == {24}
     assert settings(counts=(8, 32), table=24).pool.triplets == 32
     assert settings(counts=(8, 32), table=64).pool.triplets == 64
@@ -90,6 +90,7 @@ REMOVED = [
     ("minus_tail", ("terms", "tail")),
     ("minus_block", ("terms", "block")),
     ("minus_flow", ("terms", "flow")),
+    ("minus_own", ("own_every",)),
     ("no_edit_boost", ("edit_boost",)),
     ("no_flow_share", ("flow_share",)),
     ("no_level_bias", ("level_bias",)),

@@ -462,27 +462,41 @@ def test_a_samples_draws_do_not_depend_on_its_batch():
 # docs/decisions.md that says why. `python tests/test_recipes.py` prints the present values.
 GOLDEN: dict[str, dict[str, float]] = {
     "video4edit": {
-        "velocity": 2.9506349563598633,
-        "trajectory": 2.354597806930542,
-        "tail": 1.879593014717102,
-        "flow": 2.163362503051758,
-        "block": 0.7318205833435059,
-        "total": 5.812234401702881,
+        "velocity 24": 2.9506349563598633,
+        "trajectory 24": 2.354597806930542,
+        "tail 24": 1.879593014717102,
+        "flow 24": 2.163362503051758,
+        "block 24": 0.7318205833435059,
+        "total 24": 5.812234401702881,
+        "velocity 25": 0.0,
+        "trajectory 25": 0.0,
+        "tail 25": 0.0,
+        "flow 25": 2.163362503051758,
+        "own 25": 4.216392993927002,
+        "total 25": 6.37975549697876,
     },
-    "flow_matching": {"flow": 2.318695545196533, "total": 2.318695545196533},
+    "flow_matching": {
+        "flow 24": 2.318695545196533,
+        "total 24": 2.318695545196533,
+        "flow 25": 2.318695545196533,
+        "total 25": 2.318695545196533,
+    },
 }
 
 
 def golden(recipe_name: str) -> dict[str, float]:
-    """Terms and total in the middle of the hand-over."""
+    """Terms and total at two steps in the middle of the hand-over."""
     folders = {"video4edit": [f"teacher={shared_wan_folder('flf2v')}", f"student={shared_wan_folder('i2v')}"]}
     words = folders.get(recipe_name, [f"init={shared_wan_folder('i2v')}"])
     blocks = ["student_blocks=[0,2]", "teacher_blocks=[0,2]"] if recipe_name == "video4edit" else []
     path = ROOT / "configs" / "nano" / f"{recipe_name}.yaml"
     recipe = config.load(path, [*words, *blocks, "loop.steps=100"], pick)
     batch = recipe.batch(samples(8, bow=1.0), [1.0] * 7 + [0.0])
-    made = recipe.losses(on_stage(recipe), batch, draw(8), "student", step=24)
-    return told(made) | {"total": made.total.item()}
+    players, values = on_stage(recipe), {}
+    for step in (24, 25):  # one with the block term, one at the student's own states
+        made = recipe.losses(players, batch, draw(8), "student", step)
+        values |= {f"{name} {step}": value for name, value in told(made).items()} | {f"total {step}": made.total.item()}
+    return values
 
 
 @pytest.mark.parametrize("recipe_name", TABLE)
