@@ -1,4 +1,4 @@
-# Every target creates .venv when it is missing: make demo | test | test-slow | checks | nano | ablate
+# Every target creates .venv when it is missing: make demo | student | test | test-slow | checks | nano | ablate
 # On a machine without a GPU, TORCH_INDEX=https://download.pytorch.org/whl/cpu saves 2 GB of download.
 PYTHON ?= python3
 TORCH_INDEX ?=
@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 READY := $(VENV)/.installed
 
-.PHONY: demo test test-slow checks nano ablate
+.PHONY: demo student test test-slow checks nano ablate
 .DELETE_ON_ERROR:
 
 demo: $(READY)
@@ -27,6 +27,9 @@ checks: $(READY)
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest tests/test_house.py
+
+student: $(READY)
+	$(BIN)/v4e demo output=runs/long triplets=1024 steps=700 'train=[zero_stage=1]' $(ARGS)
 
 nano: $(READY)
 	$(BIN)/python -m data_tools.nano $(ARGS)

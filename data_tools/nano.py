@@ -7,7 +7,8 @@ Stages, each a folder under the work directory with a checkpoint it resumes from
     teacher  FLF2V on 9-frame clips (recipes/flow_matching.py)   i2v      I2V on 5-frame clips, from the teacher
     teacher-2, i2v-2   both go on, I2V on new clips              bundle   bf16 folders, to v4e/assets
 
-`--card runs/demo/report.json` then writes the model cards with the figures a demo measured.
+`--card runs/demo/report.json` then writes the model cards with the figures a demo measured;
+`--student runs/long` ships the student of a longer demo (`make student`) beside them, with its card.
 
 The encoders have no loop of v4e's own: they are what a user of real Wan downloads. The two DiTs are trained by
 `v4e train`, as any model is.
@@ -20,7 +21,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -643,10 +644,15 @@ def bundle(work: Path, out: Path) -> None:
     The encoders' configs keep saying fp32, so that stock libraries compute in it.
     """
     for name, leg in SHIPPED.items():
-        shutil.rmtree(out / name, ignore_errors=True)
-        shutil.copytree(work / "models" / leg, out / name)
-        for file in (out / name).glob("*/*.safetensors"):
-            save_file({k: v.bfloat16() for k, v in load_file(file).items()}, file, {"format": "pt"})
+        ship(work / "models" / leg, out / name)
+
+
+def ship(model: Path, out: Path) -> None:
+    """A copy of a diffusers folder with every weight in bf16."""
+    shutil.rmtree(out, ignore_errors=True)
+    shutil.copytree(model, out)
+    for file in out.glob("*/*.safetensors"):
+        save_file({k: v.bfloat16() for k, v in load_file(file).items()}, file, {"format": "pt"})
 
 
 CARD_TEXT = """---
@@ -668,14 +674,16 @@ Figures, measured by `make demo` on photographs and combinations that no trainin
 WHAT = {
     "teacher": "FLF2V: first and last frame in, a 9-frame clip out.",
     "i2v": "I2V: a source in, a 5-frame clip out. Pre-trained on evolution captions; it has seen no instruction.",
+    "student": "The editor: source and instruction in, the edit out in 4 steps. Distilled from `i2v` by `make student`.",
 }
+ROWS = {"teacher": ("vae", "teacher"), "i2v": ("vae", "init"), "student": ("vae", "init", "student")}
 
 
-def write_cards(report: Path, out: Path) -> None:
+def write_cards(report: Path, out: Path, names: Sequence[str] = ("teacher", "i2v")) -> None:
     """Model cards with the figures that a demo measured."""
     methods = json.loads(report.read_text())["methods"]
-    for name, shown in (("teacher", ("vae", "teacher")), ("i2v", ("vae", "init"))):
-        rows = [(m, steps, entry["overall"]) for m in shown for steps, entry in methods[m].items()]
+    for name in names:
+        rows = [(m, steps, entry["overall"]) for m in ROWS[name] for steps, entry in methods[m].items()]
         weights = load_file(out / name / "transformer" / "diffusion_pytorch_model.safetensors")
         parameters = f"{sum(w.numel() for w in weights.values()):,}"
         table = "\n".join(_card_line(*row) for row in rows)
@@ -726,6 +734,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--card", type=Path, help="only write the model cards, with the figures of this report.json")
+    parser.add_argument("--student", type=Path, help="only ship the student of this demo's folder")
     parser.add_argument("--only", choices=tuple(CLIPS), help=argparse.SUPPRESS)
     parser.add_argument("--part", default="0/1", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -736,6 +745,10 @@ def main() -> int:
         return 0
     if args.card:
         write_cards(args.card, BUNDLE)
+        return 0
+    if args.student:
+        ship(args.student / "student", BUNDLE / "student")
+        write_cards(args.student / "report.json", BUNDLE, ["student"])
         return 0
     for stage in [args.stage] if args.stage else STAGES:
         run_stage(stage, args.work, args.seed, args.ranks)
