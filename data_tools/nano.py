@@ -674,7 +674,7 @@ Figures, measured by `make demo` on photographs and combinations that no trainin
 WHAT = {
     "teacher": "FLF2V: first and last frame in, a 9-frame clip out.",
     "i2v": "I2V: a source in, a 5-frame clip out. Pre-trained on evolution captions; it has seen no instruction.",
-    "student": "The editor: source and instruction in, the edit out in 4 steps. Distilled from `i2v` by `make student`.",
+    "student": "The editor: source and instruction in, the edit out in 4 steps. Distilled from i2v by `make student`.",
 }
 ROWS = {"teacher": ("vae", "teacher"), "i2v": ("vae", "init"), "student": ("vae", "init", "student")}
 
