@@ -1,6 +1,6 @@
-"""`v4e-shards look`: one page that shows a set: its worst samples, some of the others, and how many there are of what.
+"""`v4e-shards look`: one page that shows a set: how good its roll-outs are, its worst samples, and some of the others.
 
-The page holds its pictures and needs neither network nor script.
+The page holds its pictures and needs neither network nor script; samples are chosen by task with the style sheet alone.
 """
 
 import argparse
@@ -9,49 +9,33 @@ import html
 import io
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from data_tools import figures
+from data_tools.stats import MEASURES, UNITS, Row, Stats, evolving, spread, stats, values_of
 from data_tools.verify import codec_of
 from v4e import flow
 from v4e.data.disk import writable, write_atomically
 from v4e.data.members import to_png
+from v4e.data.places import place
 from v4e.data.shards import ShardSet
 from v4e.errors import DataError
 from v4e.journal import progress
-from v4e.nouns import Clip, Grid, Rollout, Sample
+from v4e.nouns import Clip, Rollout, Sample
 from v4e.verbs import Codec
 
 THUMBNAIL = 192  # pixels of the longer side
-STYLE = """
-:root { color-scheme: light dark; } body { font: 14px/1.4 system-ui, sans-serif; margin: 2em auto; max-width: 1200px; }
-table { border-collapse: collapse; } td, th { padding: .3em .8em .3em 0; text-align: left; vertical-align: top; }
-section { border-top: 1px solid #8884; padding: 1em 0; } figure { display: inline-block; margin: 0 .5em .5em 0; }
-img { display: block; image-rendering: pixelated; min-height: 96px; }
-figcaption, .quiet { color: #888; font-size: 12px; }
-"""
-
-
-@dataclass(frozen=True)
-class Measured:
-    """A sample's number, key, task and how far its roll-out ends from its target; None without a roll-out."""
-
-    number: int
-    key: str
-    task: str
-    distance: float | None
-
-
-def tail_distance(sample: Sample) -> float | None:
-    """|end - target| / |target| over the last latent frame: how far the teacher's clip stops from the edited image."""
-    if not (sample.encoded and sample.rollout):
-        return None
-    target = sample.encoded.clip_Cthw[:, -1].float()
-    return float((sample.rollout.end_Cthw[:, -1].float() - target).norm() / target.norm().clamp_min(1e-9))
+FRAMES, LEVELS = 5, 5  # shown of a roll-out, over the clip's time and over noise
+SAID = {
+    "fidelity": "Tail-frame fidelity: the roll-out's last frame against the edited image. Higher is better.",
+    "drift": "Drift outside the edit, relative to what lies there. Lower is better.",
+    "curvature": "Curvature of the clip, frame to frame. Lower is straighter.",
+}
+STYLE = (Path(__file__).parent / "look.css").read_text()
 
 
 def look(
@@ -61,154 +45,225 @@ def look(
     codec: Codec | None = None,
     rows: int = 24,
     most: int = 2000,
-    watch: Callable[[Iterable[int]], Iterable[int]] = iter,
+    watch: Callable[[Sequence[int]], Iterable[int]] = iter,
 ) -> Path:
     """Write the page.
 
     Args:
-        codec: decodes what the roll-out had come to at each noise level; without one only pictures are shown.
+        codec: decodes the teacher's clip, and what it had come to at each noise level; without one only pictures are
+            shown.
         rows: samples shown; the worst half first, then others evenly spread.
-        most: samples measured, evenly spread; counts by task are over these.
+        most: samples measured, evenly spread.
         watch: wraps their numbers, for a progress bar.
 
     Raises:
         DataError: the set is not whole, or the page cannot be written.
     """
     whole, page = ShardSet.open(folder), Path(page)
-    measured, damaged = _measure(whole, watch(_spread(range(len(whole)), most)))
-    worst = sorted((m for m in measured if m.distance is not None), key=lambda m: -(m.distance or 0))[: rows // 2]
-    others = _spread([m for m in measured if m not in worst], rows - len(worst))
+    found, measured = stats(folder, most=most, watch=watch)
+    rated = sorted((r for r in measured if r.measures.fidelity is not None), key=lambda r: r.measures.fidelity or 0.0)
+    worst = rated[: rows // 2]
+    others = spread([r for r in measured if r not in worst], max(1, rows - len(worst)))
     body = [
-        *_summary(whole, measured, damaged),
-        *([f"<h2>Furthest from their target</h2>{_rows(whole, worst, codec)}"] if worst else []),
-        f"<h2>Others, evenly spread</h2>{_rows(whole, others, codec)}",
+        *_head(whole, found),
+        *_figures(found, measured, worst),
+        *_chooser([*worst, *others]),
+        *_samples("Furthest from the edited image", whole, worst, codec),
+        *_samples("Others, evenly spread", whole, others, codec),
+        *_foot(whole, found),
     ]
     with writable(page.parent):
         page.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(page, _page(str(whole.folder), body).encode())
+        write_atomically(page, _page(place(folder).name, body).encode())
     return page
 
 
-def _measure(whole: ShardSet, numbers: Iterable[int]) -> tuple[list[Measured], list[str]]:
-    """Measures of the samples that can be read, and what is wrong with the others."""
-    measured, damaged = [], []
-    for i in numbers:
-        try:
-            sample = whole.sample(i)
-            measured.append(Measured(i, sample.key, sample.task, tail_distance(sample)))
-        except DataError as error:
-            damaged.append(str(error))
-    return measured, damaged
+# ----------------------------------------------------------------------------------------------------- overview
 
 
-def _summary(whole: ShardSet, measured: Sequence[Measured], damaged: Sequence[str]) -> Iterator[str]:
-    meta = whole.meta
-    yield f"<h1>{_text(whole.folder)}</h1>"
-    grids = f"student {_grid(meta.student)}" + (f", teacher {_grid(meta.teacher)}" if meta.teacher else "")
-    yield f"<p>{len(whole)} samples in {len(whole.shards)} shards, kind {_text(meta.kind)}, {grids}.</p>"
-    yield from (f"<p><b>damaged:</b> {_text(line)}</p>" for line in damaged[:20])
-    yield _table(("task", "samples measured", "mean distance"), _by_task(measured))
-    yield f"<details><summary>settings</summary>{_table(('key', 'value'), meta.settings.items())}</details>"
+def _head(whole: ShardSet, found: Stats) -> Iterator[str]:
+    clip, teacher = whole.meta.student, whole.meta.teacher
+    tiles = [
+        (f"{found.samples:,}", "samples"),
+        (f"{found.shards:,}", "shards"),
+        (f"{found.bytes / 1e6:,.0f} MB", f"{found.bytes / max(1, found.samples) / 1e6:.2f} MB a sample"),
+        (f"{clip.W} × {clip.H}", f"{clip.T} frames, teacher {teacher.T if teacher else 0}"),
+        (f"{found.counted:,}", "measured"),
+    ]
+    cells = "".join(f"<div><b>{_text(value)}</b><span>{_text(name)}</span></div>" for value, name in tiles)
+    yield f"<header><p class=path>{_text(whole.folder)}</p><h1>{_text(whole.folder.name)}</h1>"
+    yield f"<div class=tiles>{cells}</div></header>"
+    if found.damaged:
+        lines = "".join(f"<li>{_text(line)}" for line in found.damaged[:20])
+        yield f"<div class=damaged><b>{len(found.damaged)} could not be read</b><ul>{lines}</ul></div>"
 
 
-def _by_task(measured: Sequence[Measured]) -> Iterator[tuple[str, int, str]]:
-    for task, n in Counter(m.task for m in measured).most_common():
-        found = [m.distance for m in measured if m.task == task and m.distance is not None]
-        yield task or "(none)", n, f"{sum(found) / len(found):.3f}" if found else ""
+def _figures(found: Stats, measured: Sequence[Row], worst: Sequence[Row]) -> Iterator[str]:
+    families = {row.task: row.family for row in measured}
+    counted = sorted(found.counts["task"].items(), key=lambda item: (families.get(item[0], ""), -item[1]))
+    bars = figures.counts([(task or "(none)", n, families.get(task, "")) for task, n in counted])
+    named = [(family, n) for family, n in found.counts["family"].items() if family]
+    legend = " &ensp; ".join(f"<i class={_text(family)}></i>{_text(family)} {n:,}" for family, n in named)
+    yield f"<div class=figures><figure><h3>Tasks</h3><p>{legend or 'Samples of each task.'}</p>{bars}</figure>"
+    for name, spreads in found.spreads.items():
+        title = f"{name.capitalize()}{f', {UNITS[name]}' if UNITS[name] else ''}"
+        worst_first = 1 if name == "fidelity" else -1
+        tasks = sorted(spreads.keys() - {"all"}, key=lambda t: worst_first * spreads[t].quantiles["median"])
+        by_task = {task: (spreads[task], families.get(task, "")) for task in tasks}
+        drawn = figures.distribution(values_of(measured, name), by_task, values_of(worst, name))
+        yield f"<figure><h3>{title}</h3><p>{SAID[name]}</p>{drawn}</figure>"
+    yield "</div>"
 
 
-def _rows(whole: ShardSet, chosen: Iterable[Measured], codec: Codec | None) -> str:
-    return "\n".join(_row(whole, m, codec) for m in chosen)
+def _foot(whole: ShardSet, found: Stats) -> Iterator[str]:
+    counts = [(kind, name, n) for kind in ("dataset", "writer") for name, n in found.counts[kind].items()]
+    origin = {f"{kind}: {name or '(none)'}": f"{n:,} of {found.counted:,} measured" for kind, name, n in counts}
+    rows = {**whole.meta.settings, **origin, "identity": whole.identity}
+    cells = "".join(f"<tr><td>{_text(k)}<td>{_text(v)}" for k, v in rows.items())
+    yield f"<details><summary>Settings</summary><table>{cells}</table></details>"
 
 
-def _row(whole: ShardSet, m: Measured, codec: Codec | None) -> str:
+# ------------------------------------------------------------------------------------------------------ choosing
+
+
+def _chooser(shown: Sequence[Row]) -> Iterator[str]:
+    """A row of radio buttons, one a task and a family, and the rules by which each hides the other samples."""
+    tasks, families = Counter(r.task for r in shown), Counter(r.family for r in shown if r.family)
+    groups = [("all", "", len(shown)), *((f, _family(f), n) for f, n in sorted(families.items()))]
+    groups += [(t or "(none)", _task(t), n) for t, n in sorted(tasks.items())]
+    hidden = "section:not(:has(>.{0})),body:has(#{0}:checked) .group:not(:has(.{0})){{display:none}}"
+    rules = (f"body:has(#{c}:checked) {hidden.format(c)}" for _, c, _ in groups if c)
+    yield f"<style>{''.join(rules)}</style><nav aria-label='Choose a task'>"
+    for name, code, n in groups:
+        checked = "" if code else " checked"
+        yield f"<input type=radio name=task id={code or 'every'}{checked}><label for={code or 'every'}>"
+        yield f"{_text(name)} <small>{n}</small></label>"
+    yield "<span>arrow keys step through</span></nav>"
+
+
+def _task(name: str) -> str:
+    return "t-" + name.encode().hex()
+
+
+def _family(name: str) -> str:
+    return "f-" + name.encode().hex()
+
+
+# ------------------------------------------------------------------------------------------------------- samples
+
+
+def _samples(title: str, whole: ShardSet, rows: Sequence[Row], codec: Codec | None) -> Iterator[str]:
+    if rows:
+        yield f"<div class=group><h2>{title}</h2>"
+        yield from (_sample(whole, row, codec) for row in rows)
+        yield "</div>"
+
+
+def _sample(whole: ShardSet, row: Row, codec: Codec | None) -> str:
     try:
-        sample = whole.sample(m.number, pictures=True)
+        sample = whole.sample(row.number, pictures=True)
     except DataError as error:
-        return f"<section>{_text(error)}</section>"
-    distance = "" if m.distance is None else f", distance {m.distance:.3f}"
-    pictures = "".join(_figure(clip, name) for name, clip in _pictures(sample, codec))
-    words = f"<div><b>{_text(sample.instruction)}</b></div><div>{_text(sample.evolution)}</div>"
-    quiet = f"<div class=quiet>{_text(m.key)}, {_text(sample.task or 'no task')}{distance}</div>"
-    return f"<section>{pictures}{words}{quiet}</section>"
+        return f"<section><div class=damaged>{_text(error)}</div></section>"
+    strips = "".join(_strip(name, pictures) for name, pictures in _strips(sample, codec) if pictures)
+    tags = f"<em class={_text(row.family)}>{_text(row.task or 'no task')}</em>{_measures(row)}"
+    words = f"<h3>{_text(sample.instruction)}</h3><p>{_text(sample.evolution)}</p>"
+    quiet = f"<div class=tags>{tags}<code>{_text(row.key)}</code></div>"
+    classes = f"{_task(row.task)} {_family(row.family)}" if row.family else _task(row.task)
+    return f"<section><i class='{classes}' hidden></i><div class=words>{words}{quiet}</div>{strips}</section>"
 
 
-def _pictures(sample: Sample, codec: Codec | None) -> Iterator[tuple[str, Clip]]:
-    """Source; with a codec what the roll-out had come to; target."""
-    if sample.source:
-        yield "source", sample.source
-    if codec and sample.rollout:
-        yield from _decoded(sample.rollout, codec)
-    elif codec and sample.encoded and not sample.source:
-        clip = codec.decode(sample.encoded.clip_Cthw[None].float())[0]
-        yield from ((f"frame {i}", clip.frame(i)) for i in _spread(range(len(clip)), 5))
-    if sample.target:
-        yield "target", sample.target
+def _measures(row: Row) -> str:
+    found = ((name, getattr(row.measures, name)) for name in MEASURES)
+    return "".join(f"<span>{name} <b>{v:.3g} {UNITS[name]}</b></span>" for name, v in found if v is not None)
 
 
-def _decoded(rollout: Rollout, codec: Codec, most: int = 5) -> Iterator[tuple[str, Clip]]:
-    """Last frames of the clean clips the velocity pointed at, at some noise levels, and of the path's end."""
-    sigma_K = rollout.sigma_K
-    for k in _spread(range(len(sigma_K)), most):
-        x0_Cthw = flow.to_x0(rollout.x_KCthw[k].float(), rollout.v_KCthw[k].float(), sigma_K[k])
-        yield f"at noise {float(sigma_K[k]):.2f}", _last(codec, x0_Cthw)
-    yield "roll-out's end", _last(codec, rollout.end_Cthw.float())
-
-
-def _last(codec: Codec, z_Cthw: Tensor) -> Clip:
+def _strips(sample: Sample, codec: Codec | None) -> Iterator[tuple[str, list[tuple[str, Clip]]]]:
+    """Rows of pictures: from source to target over the clip's time, and the edit as it came out of the noise."""
+    ends = [[("source", sample.source)] if sample.source else [], [("target", sample.target)] if sample.target else []]
     with torch.no_grad():
-        return codec.decode(z_Cthw[None])[0].frame(-1)
+        yield "clip", [*ends[0], *(_over_time(sample, codec) if codec else []), *ends[1]]
+        if codec and sample.rollout:
+            yield "noise", list(_over_noise(sample.rollout, codec))
+
+
+def _over_time(sample: Sample, codec: Codec) -> Iterator[tuple[str, Clip]]:
+    """Frames of the clip that the teacher imagined; of the student's own where there is no teacher."""
+    if sample.rollout:
+        clip = _decode(codec, evolving(sample.rollout))
+    elif sample.encoded:
+        clip = _decode(codec, sample.encoded.clip_Cthw.float())
+    else:
+        return
+    for k in range(FRAMES):
+        at = round(k * (len(clip) - 1) / (FRAMES - 1))
+        yield f"frame {at}", clip.frame(at)
+
+
+def _over_noise(rollout: Rollout, codec: Codec) -> Iterator[tuple[str, Clip]]:
+    """Last frames of the clean clips the velocity pointed at, at some noise levels, and of the path's end."""
+    kept = spread(range(len(rollout.sigma_K)), LEVELS)
+    sigma_K = rollout.sigma_K[kept]
+    x0_KCthw = flow.to_x0(rollout.x_KCthw[kept].float(), rollout.v_KCthw[kept].float(), sigma_K)
+    clips = codec.decode(torch.cat([x0_KCthw, rollout.end_Cthw.float()[None]]))
+    names = [*(f"at noise {s:.2f}" for s in sigma_K.tolist()), "roll-out's end"]
+    yield from ((name, clip.frame(-1)) for name, clip in zip(names, clips, strict=True))
+
+
+def _decode(codec: Codec, z_Cthw: Tensor) -> Clip:
+    return codec.decode(z_Cthw[None])[0]
+
+
+# ------------------------------------------------------------------------------------------------------- pieces
+
+
+def _strip(name: str, pictures: Iterable[tuple[str, Clip]]) -> str:
+    return f"<div class='strip {name}'>{''.join(_figure(clip, caption) for caption, clip in pictures)}</div>"
 
 
 def _figure(clip: Clip, name: str) -> str:
-    content = base64.b64encode(_thumbnail(to_png(clip))).decode()
-    return f'<figure><img alt="{_text(name)}" src="data:image/png;base64,{content}"><figcaption>{_text(name)}</figure>'
+    kind, content = _thumbnail(to_png(clip))
+    data = base64.b64encode(content).decode()
+    tiny = " class=tiny" if max(clip.size) < THUMBNAIL // 2 else ""
+    caption = f"<figcaption>{_text(name)}</figcaption>"
+    return f'<figure><img{tiny} alt="{_text(name)}" src="data:image/{kind};base64,{data}">{caption}</figure>'
 
 
-def _thumbnail(png: bytes) -> bytes:
+def _thumbnail(png: bytes) -> tuple[str, bytes]:
+    """A picture of the page: small ones to the pixel, large ones reduced."""
     with Image.open(io.BytesIO(png)) as picture:
         if max(picture.size) <= THUMBNAIL:
-            return png
+            return "png", png
         picture.thumbnail((THUMBNAIL, THUMBNAIL))
         buffer = io.BytesIO()
-        picture.save(buffer, "PNG", optimize=True)
-    return buffer.getvalue()
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    cells = "".join(f"<tr>{''.join(f'<td>{_text(c)}</td>' for c in row)}</tr>" for row in rows)
-    return f"<table><tr>{''.join(f'<th>{_text(h)}</th>' for h in head)}</tr>{cells}</table>"
+        picture.save(buffer, "JPEG", quality=88)
+    return "jpeg", buffer.getvalue()
 
 
 def _page(title: str, body: Iterable[str]) -> str:
-    head = f"<meta charset=utf-8><title>{_text(title)}</title><style>{STYLE}</style>"
+    view = '<meta name=viewport content="width=device-width">'
+    head = f"<meta charset=utf-8>{view}<title>{_text(title)}</title><style>{STYLE}</style>"
     return f"<!doctype html><html lang=en><head>{head}</head><body>{''.join(body)}</body></html>"
-
-
-def _grid(grid: Grid) -> str:
-    return f"{grid.T} x {grid.H} x {grid.W}"
 
 
 def _text(value: object) -> str:
     return html.escape(str(value))
 
 
-def _spread(items: Sequence, wanted: int) -> list:
-    """``wanted`` of the items, evenly spread, or all of them."""
-    return [items[i * len(items) // wanted] for i in range(wanted)] if len(items) > wanted else list(items)
+# --------------------------------------------------------------------------------------------------------- verb
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `v4e-shards look`."""
-    parser.add_argument("folder", help="shard folder")
+    parser.add_argument("folder", help="shard folder or URL")
     parser.add_argument("--page", default="", help="HTML file to write; look.html in the folder by default")
     parser.add_argument("--codec", default="", help="model folder; decodes what the roll-outs came to")
     parser.add_argument("--rows", type=int, default=24, help="samples to show")
+    parser.add_argument("--most", type=int, default=2000, help="samples to measure, evenly spread; 0 for all")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the verb."""
-    page = args.page or Path(args.folder) / "look.html"
-    codec = codec_of(args.codec)
-    print(look(args.folder, page, codec=codec, rows=args.rows, watch=lambda numbers: progress(numbers, "measure")))
+    page, codec = args.page or Path(args.folder) / "look.html", codec_of(args.codec)
+    options = {"rows": args.rows, "most": args.most}
+    print(look(args.folder, page, codec=codec, watch=lambda numbers: progress(numbers, "measure"), **options))
     return 0
