@@ -1,4 +1,4 @@
-"""Whether a sample's tensors can be what their names say: axes, grids, and a path that goes from noise to data."""
+"""Whether a sample can be what its names say: axes, grids, and a path that goes from noise to data."""
 
 from collections.abc import Iterator
 
@@ -11,10 +11,13 @@ ON_THE_TEACHERS_GRID = ("teacher_known_Cthw", "full_KCthw")
 
 
 def check_shapes(sample: Sample, student: Grid, teacher: Grid | None, where: str) -> None:
-    """DataError naming the first tensor whose shape is not that of its name and grid; costs microseconds.
+    """DataError naming the first tensor or picture whose shape is not that of its name and grid; costs microseconds.
 
     Empty tensors stand for what a set does without, and pass.
     """
+    for name, picture in (("source", sample.source), ("target", sample.target)):
+        if picture and picture.size != (student.H, student.W):
+            raise DataError(f"the {name} is {picture.size}, the grid {(student.H, student.W)}", where=where)
     for name, x in _tensors(sample):
         axes, grid = name.rpartition("_")[2], teacher if name in ON_THE_TEACHERS_GRID else student
         if x.numel() and x.ndim != len(axes):

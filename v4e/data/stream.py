@@ -13,7 +13,9 @@ from threading import Lock
 
 import numpy as np
 
+from v4e.data.members import refuse_nonfinite
 from v4e.data.shards import ShardSet
+from v4e.data.soundness import check_shapes
 from v4e.errors import ConfigError, DataError
 from v4e.nouns import Sample, seed_of
 
@@ -129,10 +131,18 @@ class Stream:
         if key in self._damaged:
             return None
         try:
-            return self._cache.get(index) or self._cache.put(index, self.set.sample(index, self._pictures))
+            return self._cache.get(index) or self._cache.put(index, self._read(index))
         except DataError as error:
             self._damaged[key] = str(error)
             return None
+
+    def _read(self, index: int) -> Sample:
+        """A sample, checked for what hashes cannot tell: a faulty writer hashes its faults too."""
+        sample, where = self.set.sample(index, self._pictures), self.set.place(index)
+        check_shapes(sample, self.set.meta.student, self.set.meta.teacher, where)
+        for part in filter(None, (sample.encoded, sample.rollout)):
+            refuse_nonfinite(vars(part), where)
+        return sample
 
     def _permutation(self, epoch: int) -> np.ndarray:
         """Sample numbers in an epoch's order. Sorting raw words, because numpy keeps only those the same for ever.
