@@ -36,6 +36,7 @@ ONLY_IN = {  # third parties with one home
     "deepspeed": ("v4e/train/",),
     "omegaconf": ("v4e/config.py",),
     "webdataset": ("v4e/data/",),
+    "httpx": ("v4e/models/vlm.py",),
     "peft": ("v4e/models/",),
     "xformers": ("v4e/models/",),
     "transformers": ("v4e/models/", "data_tools/"),

@@ -18,6 +18,7 @@ from v4e.models.vlm import LocalVlm, Question, Reply, ServerVlm, Vlm
 from v4e.nouns import Clip
 
 WINDOW = 256
+NO_KEY = "none"
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ class ServerSettings:
 
     Args:
         url: of an OpenAI-compatible endpoint, up to and with ``/v1``.
-        key_variable: environment variable that holds the key; empty for a server that wants none.
+        key_variable: environment variable that holds the key; ``none`` for a server that wants none.
         parameters: of every request; one set to null is left out.
         concurrency: questions under way at once.
         side: longest side of a picture as it is sent, in pixels.
@@ -203,7 +204,7 @@ class ServerWriter:
         vlm = ServerVlm(
             s.url,
             s.model,
-            dist.secret(s.key_variable) if s.key_variable else "",
+            "" if s.key_variable == NO_KEY else dist.secret(s.key_variable),
             s.parameters,
             s.side,
             s.timeout_s,

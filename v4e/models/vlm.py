@@ -131,13 +131,21 @@ class LocalVlm:
         return {"model": self.source, "config": config, "side": self.side, "tokens": self.tokens}
 
     def ask(self, questions: Sequence[Question]) -> list[Reply]:
-        """One forward batch; where a processor refuses a picture, its question alone fails."""
+        """One forward batch; where a processor refuses a picture, its question alone fails.
+
+        Raises:
+            CheckpointError: it refuses every one of several.
+        """
         try:
             return self._ask(questions)
         except ValueError as error:
             if len(questions) == 1:
                 return [Reply(failure="picture refused", detail=str(error))]
-            return [self.ask([q])[0] for q in questions]
+            replies = [self.ask([q])[0] for q in questions]
+            if all(reply.failure == "picture refused" for reply in replies):
+                fix = "its processor and weights do not belong together, or it takes one picture only"
+                raise CheckpointError(f"takes no such questions: {error}", where=self.source, fix=fix) from error
+            return replies
 
     @torch.inference_mode()
     def _ask(self, questions: Sequence[Question]) -> list[Reply]:
