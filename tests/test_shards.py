@@ -14,9 +14,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import xxhash
+from hypothesis import given
+from hypothesis import strategies as st
 
 from data_tools import look, verify
-from v4e.data.members import MEMBERS, save_tensors
+from v4e.data.members import MEMBERS, load_tensors, save_tensors
 from v4e.data.shards import Index, SetMeta, ShardSet, ShardWriter, finish, index_path
 from v4e.errors import DataError
 from v4e.nouns import Clip, Encoded, Grid, Origin, Rollout, Sample
@@ -119,6 +122,27 @@ def test_fast_tensor_writer_makes_what_the_library_makes():
 
     tensors = {"b": random(0, 3, 4).bfloat16(), "a": random(1, 5), "n": torch.arange(3), "e": torch.zeros(0, 4)}
     assert save_tensors(tensors) == save(tensors)
+
+
+@given(
+    st.dictionaries(st.text("ab", min_size=1), st.lists(st.integers(0, 3), max_size=4), max_size=4),
+    st.sampled_from([torch.bfloat16, torch.float32, torch.int64, torch.uint8]),
+    st.booleans(),
+)
+def test_fast_tensor_reader_reads_what_the_library_reads(shapes, dtype, writable):
+    from safetensors.torch import load, save
+
+    content = save({name: random(n, *shape).to(dtype) for n, (name, shape) in enumerate(shapes.items())})
+    read, wanted = load_tensors(bytearray(content) if writable else content), load(content)
+    assert read.keys() == wanted.keys()
+    assert all(read[k].equal(x) and read[k].dtype == x.dtype and read[k].shape == x.shape for k, x in wanted.items())
+
+
+@pytest.mark.parametrize("row", [(0, 5), (4, 8), (0, 2**40), (-4, 0), (4, 0)])
+def test_tensors_that_do_not_lie_in_their_file_are_refused(row):
+    header = json.dumps({"x": {"dtype": "F32", "shape": [1], "data_offsets": row}}).encode()
+    with pytest.raises(ValueError, match="does not lie in bytes"):
+        load_tensors(len(header).to_bytes(8, "little") + header + bytes(4))
 
 
 def test_max_bytes_finishes_a_shard_early(tmp_path):
@@ -355,6 +379,37 @@ def test_a_flipped_byte_names_shard_and_key(shards):
     with pytest.raises(DataError, match=r"000-000001.tar, key s0004.encoded.safetensors"):
         again.sample(4)
     assert again.sample(3).key == "s0003" and again.sample(5).key == "s0005"
+
+
+def test_sets_older_than_the_quick_hash_are_read(shards):
+    """Their indexes have blake2b alone."""
+    member = shards.index(1).member(1, "encoded.safetensors")
+    for info in shards.shards:
+        path = index_path(shards.folder / info.name)
+        body = json.loads(path.read_bytes())
+        path.write_text(json.dumps({k: v for k, v in body.items() if k != "quick"}))
+    finish(shards.folder)
+    flip(shards.folder / "000-000001.tar", member.offset + member.size - 9)
+    old = ShardSet.open(shards.folder)
+    same(make_sample(3), old.sample(3), torch.bfloat16)
+    with pytest.raises(DataError, match="key s0004.encoded.safetensors: its bytes are not those"):
+        old.sample(4)
+
+
+def test_each_hash_finds_damage_alone(shards):
+    """The quick one when a sample is read, the strong one when its bytes are; a forged quick hash does not fool it."""
+    path = shards.folder / "000-000001.tar"
+    member = shards.index(1).member(1, "encoded.safetensors")
+    flip(path, member.offset + member.size - 9)
+    body = json.loads(index_path(path).read_bytes())
+    place = [kind for _, row in body["samples"] for kind in row].index("encoded.safetensors") + len(MEMBERS)
+    content = path.read_bytes()[member.offset : member.offset + member.size]
+    body["quick"][place] = xxhash.xxh3_128_hexdigest(content)
+    index_path(path).write_text(json.dumps(body))
+    forged = finish(shards.folder)
+    assert forged.sample(4).key == "s0004"
+    with pytest.raises(DataError, match="its bytes are not those"):
+        forged.raw(4, "encoded.safetensors")
 
 
 def test_a_truncated_shard(shards):

@@ -5,6 +5,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from v4e.errors import DataError
 from v4e.nouns import (
@@ -16,17 +17,20 @@ from v4e.nouns import (
     RolloutBatch,
     Sample,
     known_mask_4thw,
-    pad_words,
 )
 
 TextKind = Literal["instruction", "evolution"]
 
 
+def stack(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors of one shape as fp32; stacked first, which moves half the bytes of casting first."""
+    return torch.stack(list(tensors)).float()
+
+
 def stack_words(texts_LE: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Texts of different lengths to ([B, L, E] zero-padded to the longest, words [B])."""
     words_B = torch.tensor([t.shape[0] for t in texts_LE])
-    longest = int(words_B.max())
-    return torch.stack([pad_words(t.float()[None], longest)[0] for t in texts_LE]), words_B
+    return pad_sequence(list(texts_LE), batch_first=True).float(), words_B
 
 
 def stack_conditions(
@@ -34,9 +38,9 @@ def stack_conditions(
 ) -> Conditions:
     """Conditions of a batch; with ``last``, ``vision_NV`` lists first and last image of each sample in turn."""
     text, words = stack_words(texts_LE)
-    known = torch.stack([k.float() for k in known_Cthw])
+    known = stack(known_Cthw)
     mask = known_mask_4thw(Grid.of_latents(*known.shape[2:]), last).expand(len(known), -1, -1, -1, -1)
-    return Conditions(text, words, torch.stack([v.float() for v in vision_NV]), known, mask)
+    return Conditions(text, words, stack(vision_NV), known, mask)
 
 
 def student_conditions(encoded: Sequence[Encoded], text: TextKind) -> Conditions:
@@ -56,7 +60,7 @@ def stack_rollouts(rollouts: Sequence[Rollout], teacher: Conditions) -> RolloutB
     """Roll-outs with the conditions they were made under."""
 
     def stacked(name: str) -> Tensor:
-        return torch.stack([getattr(r, name).float() for r in rollouts])
+        return stack([getattr(r, name) for r in rollouts])
 
     return RolloutBatch(
         stacked("sigma_K"), stacked("x_KCthw"), stacked("v_KCthw"), stacked("full_KCthw"), stacked("end_Cthw"), teacher
@@ -88,8 +92,8 @@ def collate(
     return EditBatch(
         keys=tuple(s.key for s in samples),
         weight_B=torch.tensor(weights, dtype=torch.float32),
-        clip_BCthw=torch.stack([e.clip_Cthw.float() for e in encoded]),
-        change_Bthw=torch.stack([e.change_thw.float() for e in encoded]),
+        clip_BCthw=stack([e.clip_Cthw for e in encoded]),
+        change_Bthw=stack([e.change_thw for e in encoded]),
         conditions=conditions,
         null_BLE=null,
         null_words_B=null_words,

@@ -56,7 +56,7 @@ class Index:
             body = json.loads(content)
             rows, self.bytes = body["samples"], int(body["bytes"])
             self.keys = [str(key) for key, _ in rows]
-            at = [(row, _COLUMN[kind]) for row, (_, members) in enumerate(rows) for kind in members]
+            at = _columns(rows)
             found = [member for _, members in rows for member in members.values()]
             where = tuple(np.array(at, dtype=np.intp).reshape(-1, 2).T)
             self._place = np.full((len(rows), len(MEMBERS), 2), -1, dtype=np.int64)
@@ -83,14 +83,13 @@ class Index:
         return {kind: m for kind in MEMBERS if (m := self.member(row, kind))}
 
 
-def read_members(path: Place, key: str, wanted: Mapping[str, Member], strong: bool) -> dict[str, memoryview]:
+def read_members(path: Place, where: str, wanted: Mapping[str, Member], strong: bool) -> dict[str, memoryview]:
     """The members of one sample, in as few reads as their places allow."""
     found = {}
     for run in _runs(list(wanted.items()), GAP[is_remote(path)]):
         start, end = run[0][1].offset, run[-1][1].offset + run[-1][1].size
-        where = f"{path}, key {key}"
         try:
-            content = memoryview(read_range(path, start, end - start))
+            content = read_range(path, start, end - start)
         except DataError as error:
             raise DataError(error.what, where=f"{where}.{run[0][0]}", fix=error.fix) from error
         for kind, m in run:
@@ -118,6 +117,15 @@ def _checked(content: memoryview, member: Member, strong: bool, where: str) -> m
     if (xxh3_128_digest(content) != member.quick) if quick else (digest_of(content) != member.hash):
         raise DataError("its bytes are not those that were written", where=where, fix=REDO)
     return content
+
+
+def _columns(rows: Sequence[tuple[str, Mapping]]) -> list[tuple[int, int]]:
+    """(row, column) of each member; ValueError naming the sample of one that no sample has."""
+    try:
+        return [(row, _COLUMN[kind]) for row, (_, members) in enumerate(rows) for kind in members]
+    except KeyError as error:
+        key = next(key for key, members in rows if members.keys() - _COLUMN.keys())
+        raise ValueError(f"key {key} has a member {error}, which no sample has") from error
 
 
 def _scattered(digests: Sequence[str], where: tuple[np.ndarray, ...], rows: int) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, fields
@@ -10,7 +11,6 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors import TensorSpec, serialize
-from safetensors.torch import load as load_tensors
 from torch import Tensor
 
 from v4e.data.disk import readable, to_json
@@ -22,6 +22,16 @@ PICTURES = ("source.png", "target.png")
 TENSORS = ("encoded.safetensors", "rollout.safetensors")
 MEMBERS = (WORDS, *PICTURES, *TENSORS)
 KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,75}")  # with its longest ending a name fits tar's 100 bytes
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 PRECISE = ("sigma_K",)  # stored as fp32 whatever the set's dtype: solver levels differ in their last digits
 
 
@@ -62,14 +72,16 @@ def unpack(key: str, members: Mapping[str, bytes | memoryview], where: str) -> S
         words = json.loads(bytes(members[WORDS]))
         source, target = (members.get(kind) for kind in PICTURES)
         encoded, rollout = (members.get(kind) for kind in TENSORS)
+        if gone := [name for name in words["tensors"] if f"{name}.safetensors" not in members]:
+            raise DataError(f"lacks the tensors {' and '.join(gone)} that {WORDS} declares", where=where)
         return Sample(
             key=key,
             instruction=words["instruction"],
             evolution=words["evolution"],
-            source=from_png(source) if source else None,
-            target=from_png(target) if target else None,
-            encoded=Encoded(**load_tensors(bytes(encoded))) if encoded else None,
-            rollout=Rollout(**load_tensors(bytes(rollout))) if rollout else None,
+            source=from_png(source) if source is not None else None,
+            target=from_png(target) if target is not None else None,
+            encoded=Encoded(**load_tensors(encoded)) if encoded is not None else None,
+            rollout=Rollout(**load_tensors(rollout)) if rollout is not None else None,
             task=words["task"],
             origin=Origin(**words["origin"]),
         )
@@ -79,6 +91,29 @@ def save_tensors(tensors: Mapping[str, Tensor]) -> bytes:
     """Contiguous CPU tensors as safetensors: ``safetensors.torch.save`` without its checks, ten times as fast."""
     specs = {name: _spec(x) for name, x in tensors.items()}
     return bytes(serialize(specs, metadata=None))
+
+
+def load_tensors(content: bytes | memoryview) -> dict[str, Tensor]:
+    """Inverse of :func:`save_tensors`: ``safetensors.torch.load`` without its copies, where ``content`` is writable.
+
+    Raises:
+        ValueError, TypeError, KeyError: it is no whole safetensors file.
+    """
+    view = memoryview(content)
+    view = memoryview(bytearray(view)) if view.readonly else view
+    start = 8 + int.from_bytes(view[:8], "little")
+    header = json.loads(bytes(view[8:start]))
+    header.pop("__metadata__", None)
+    return {name: _tensor(view[start:], **row) for name, row in header.items()}
+
+
+def _tensor(view: memoryview, dtype: str, shape: list[int], data_offsets: list[int]) -> Tensor:
+    first, last = data_offsets
+    if not 0 <= first <= last <= len(view) or math.prod(shape) * DTYPES[dtype].itemsize != last - first:
+        raise ValueError(f"a tensor {dtype} {shape} does not lie in bytes {first} to {last} of {len(view)}")
+    if first == last:
+        return torch.empty(shape, dtype=DTYPES[dtype])
+    return torch.frombuffer(view[first:last], dtype=DTYPES[dtype]).view(shape)
 
 
 def refuse_nonfinite(tensors: Mapping[str, Tensor], where: str) -> None:
@@ -103,8 +138,15 @@ def to_png(clip: Clip) -> bytes:
 
 
 def from_png(content: bytes | memoryview) -> Clip:
-    """An image (T = 1) from PNG bytes."""
-    picture = np.array(Image.open(io.BytesIO(content)).convert("RGB"))
+    """An image (T = 1) from PNG bytes.
+
+    Raises:
+        ValueError, OSError, SyntaxError: it is none, or one that would take up the memory.
+    """
+    try:
+        picture = np.array(Image.open(io.BytesIO(content), formats=("PNG",)).convert("RGB"))
+    except Image.DecompressionBombError as error:
+        raise ValueError(error) from error
     return Clip(torch.from_numpy(picture).permute(2, 0, 1)[None].contiguous())
 
 

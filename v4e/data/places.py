@@ -14,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 
 import fsspec
+import numpy as np
 from typing_extensions import TypeIs
 from upath import UPath
 
@@ -92,16 +93,20 @@ def read_bytes(where: Place) -> bytes:
         return system(where).cat_file(where.path) if is_remote(where) else where.read_bytes()
 
 
-def read_range(where: Place, offset: int, size: int) -> bytes:
-    """A part of a file, shorter where the file ends; DataError when it cannot be read.
+def read_range(where: Place, offset: int, size: int) -> memoryview:
+    """A part of a file, shorter where the file ends, which the caller may write to; DataError when it cannot be read.
 
     Locally pread and not mmap: a file cut short while mapped kills the process instead of raising an error.
     """
     with reaching(where):
         if is_remote(where):
-            return _remote_range(where, offset, size)
-        with open(where, "rb", buffering=0) as file:
-            return os.pread(file.fileno(), size, offset)
+            return memoryview(bytearray(_remote_range(where, offset, size)))
+        content = memoryview(np.empty(size, np.uint8))  # not cleared first, as a bytearray would be
+        file = os.open(where, os.O_RDONLY)
+        try:
+            return content[: os.preadv(file, [content], offset)]
+        finally:
+            os.close(file)
 
 
 def read_many(places: Iterable[Place]) -> Iterator[bytes]:

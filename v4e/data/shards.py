@@ -337,7 +337,7 @@ class _Shard:
         }
 
 
-def finish(folder: str | Path) -> "ShardSet":
+def finish(folder: str | Place) -> "ShardSet":
     """Write the manifest over all finished shards of a folder, in the order of their names.
 
     Raises:
@@ -467,7 +467,7 @@ class ShardSet:
         """
         shard, row = self.locate(i)
         wanted = {kind: m for kind in kinds if (m := self.index(shard).member(row, kind))}
-        return read_members(self.folder / self.shards[shard].name, self.keys[i], wanted, strong)
+        return read_members(self.folder / self.shards[shard].name, self.place(i), wanted, strong)
 
     def sample(self, i: int, pictures: bool = False) -> Sample:
         """Read one sample; tensors as they were stored, pictures only when asked for.
@@ -568,7 +568,7 @@ def _grid(values: Mapping) -> Grid:
     return Grid(values["T"], values["H"], values["W"], tuple(values["stride"]), tuple(values["patch"]))
 
 
-def read_manifest(folder: Path) -> tuple[SetMeta, list[ShardInfo]]:
+def read_manifest(folder: Place) -> tuple[SetMeta, list[ShardInfo]]:
     """What a finished folder says it holds.
 
     Raises:
@@ -607,14 +607,3 @@ def check_sizes(folder: Place, shards: Iterable[ShardInfo]) -> None:
             raise DataError(f"the shard is cut short: {size} bytes of {shard.bytes}", where=str(path), fix=REDO)
         if (index := index_path(Path(shard.name)).name) not in there:
             raise DataError("cannot be read: the index is missing", where=str(folder / index), fix=REDO)
-
-
-def check_shard(folder: Path, shard: ShardInfo) -> None:
-    """Index as hashed in the manifest, tar of the right size; DataError naming the file."""
-    path = folder / shard.name
-    if hash_of(read_bytes(index_path(path))) != shard.index:
-        raise DataError("the index is not the one the manifest names", where=str(index_path(path)), fix=REDO)
-    if not path.is_file():
-        raise DataError("the shard is missing", where=str(path), fix=REDO)
-    if (size := path.stat().st_size) != shard.bytes:
-        raise DataError(f"the shard is cut short: {size} bytes of {shard.bytes}", where=str(path), fix=REDO)
