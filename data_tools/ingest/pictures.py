@@ -6,6 +6,7 @@ import struct
 import zlib
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps
@@ -16,7 +17,7 @@ MAX_PIXELS = 80_000_000
 TRUSTED = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "AVIF", "JPEG2000", "PPM")  # EPS would start a program
 Image.init()
 FORMATS = [name for name in TRUSTED if name in Image.OPEN]  # pillow may be built without some
-SAME = 2  # levels by which two glances at one picture may differ
+SAME = 2  # levels by which two glances at one picture may differ, as pixels are rounded when they are scaled
 
 
 class Rejected(Exception):  # noqa: N818  (not an error: a verdict)
@@ -61,18 +62,29 @@ def fit_to(picture: Image.Image, size: Size) -> Image.Image:
     return picture.resize(wanted, Image.Resampling.LANCZOS, box=_box(picture, size))
 
 
-def same_after_fit(one: Image.Image, other: Image.Image, size: Size) -> bool:
-    """Whether two pictures are equal pixel by pixel once scaled; a glance at both spares most the scaling."""
-    if np.abs(_glance(one, size) - _glance(other, size)).max() > SAME:
-        return False
-    return fit_to(one, size).tobytes() == fit_to(other, size).tobytes()
+@dataclass(frozen=True)
+class Glance:
+    """What a few pixels of a picture tell.
 
+    Args:
+        cells: the mean colours of 32 x 36 cells.
+        dhash: is each of 8 x 8 cells brighter than its left? 16 hex digits that outlast scaling and compression.
+    """
 
-def dhash(picture: Image.Image) -> str:
-    """16 hex digits that hardly change with scale and compression: is each of 8 x 8 cells brighter than its left?"""
-    grey = picture.resize((288, 256), Image.Resampling.NEAREST).convert("L").resize((9, 8), Image.Resampling.BOX)
-    cells = np.asarray(grey)
-    return np.packbits(cells[:, 1:] > cells[:, :-1]).tobytes().hex()
+    cells: np.ndarray
+    dhash: str
+
+    @staticmethod
+    def at(picture: Image.Image, size: Size) -> "Glance":
+        """At what ``size`` will show of it."""
+        picked = picture.resize((144, 128), Image.Resampling.NEAREST, box=_box(picture, size))
+        grey = np.asarray(picked.convert("L").reduce(16))
+        bits = np.packbits(grey[:, 1:] > grey[:, :-1]).tobytes().hex()
+        return Glance(np.asarray(picked.reduce(4)).astype(np.int16), bits)
+
+    def like(self, other: "Glance") -> bool:
+        """Whether the pictures may be the same; if not, they differ once scaled too."""
+        return bool(np.abs(self.cells - other.cells).max() <= SAME)
 
 
 def buckets(area: int, longest: float = 2.0) -> tuple[Size, ...]:
@@ -144,9 +156,3 @@ def _box(picture: Image.Image, size: Size) -> tuple[float, float, float, float]:
         width, height = float(picture.width), picture.width / ratio
     left, top = (picture.width - width) / 2, (picture.height - height) / 2
     return left, top, left + width, top + height
-
-
-def _glance(picture: Image.Image, size: Size) -> np.ndarray:
-    """64 x 64 cells of what ``size`` will show, each the mean of 16 pixels picked from it."""
-    picked = picture.resize((256, 256), Image.Resampling.NEAREST, box=_box(picture, size))
-    return np.asarray(picked.resize((64, 64), Image.Resampling.BOX)).astype(np.int16)

@@ -13,7 +13,7 @@ import tarfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import groupby
 from pathlib import PurePosixPath
 from typing import IO
@@ -74,8 +74,8 @@ class File(Blob):
 
     def read(self) -> bytes:
         try:
-            if self.fs.size(self.path) > MAX_BYTES:
-                raise Rejected("too many bytes", f"more than {MAX_BYTES}")
+            if (self.info["size"] or 0) > MAX_BYTES:
+                raise Rejected("too many bytes", f"{self.info['size']}, of at most {MAX_BYTES}")
             return self.fs.cat_file(self.path)
         except FileNotFoundError as error:
             raise Rejected("missing file", "no such file") from error
@@ -86,10 +86,14 @@ class File(Blob):
 
     def state(self) -> str:
         try:
-            info = self.fs.info(self.path)
+            return repr([self.info.get(key) for key in STATE])
         except Exception:  # reading it will say why
             return ""
-        return repr([info.get(key) for key in STATE])
+
+    @cached_property
+    def info(self) -> dict:
+        """What its file system knows of it."""
+        return self.fs.info(self.path)
 
 
 @dataclass(frozen=True)
@@ -267,7 +271,16 @@ def _row_of_json(raw: bytes, path: str, number: int, base: Base) -> Row:
     try:
         return Row(path, number, _object(raw), base)
     except Rejected as why:
-        return Row(path, number, {}, base, why)
+        return Row(path, number, _gist(raw), base, why)
+
+
+def _gist(raw: bytes) -> dict[str, object]:
+    """What a damaged line seems to say, so that it can be named."""
+    try:
+        row = json.loads(raw.decode("utf-8", "replace"))
+    except ValueError:
+        return {}
+    return row if isinstance(row, dict) else {}
 
 
 def _object(raw: bytes) -> dict[str, object]:

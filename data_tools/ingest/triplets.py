@@ -12,6 +12,7 @@ from typing import IO, TypeVar
 
 import numpy as np
 import torch
+from xxhash import xxh3_128_hexdigest
 
 from data_tools.ingest.pictures import Rejected, Size, decode, fit_to
 from v4e.data.disk import TEMPORARY, hash_of, readable, scratch, settle, sync_folder, to_json
@@ -39,7 +40,7 @@ class Triplet:
         extra: what else the row held; carried along, never read.
         stamp: changes when the row or one of its files does.
         size: height and width of its bucket.
-        hashes: of each picture's bytes, by its name; what was changed since is refused.
+        hashes: xxh3 of each picture's bytes, by its name; what was changed since is refused.
         look: perceptual hashes of source and edited image, 16 hex digits each.
         repeats: id of an earlier triplet that is the same, or looks it.
     """
@@ -79,7 +80,7 @@ class Triplet:
             content = read_bytes(path)
         except DataError as error:
             raise DataError(error.what, where=where, fix="run ingest again") from error
-        if self.hashes and hash_of(content) != self.hashes[name]:
+        if self.hashes and xxh3_128_hexdigest(content) != self.hashes[name]:
             raise DataError("the picture has changed since it was ingested", where=where, fix="run ingest again")
         try:
             picture, _ = decode(content, max_pixels=1 << 62)  # its pixels were counted when it was taken
@@ -189,7 +190,7 @@ def _problems(triplet: Triplet) -> list[str]:
     found = []
     for name, path in triplet.files.items():
         try:
-            wrong = "changed since it was taken" if hash_of(read_bytes(path)) != triplet.hashes[name] else ""
+            wrong = "changed since it was taken" if xxh3_128_hexdigest(read_bytes(path)) != triplet.hashes[name] else ""
         except DataError as error:
             wrong = error.what
         if wrong:

@@ -8,17 +8,18 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from PIL import Image
+from xxhash import xxh3_128_hexdigest
 
 from data_tools.ingest.layouts import Draft, Layout, drafts, id_of
 from data_tools.ingest.ledger import Ledger
 from data_tools.ingest.pictures import (
     MAX_PIXELS,
+    Glance,
     Rejected,
     Size,
     decode,
-    dhash,
+    fit_to,
     nearest,
-    same_after_fit,
     size_of,
 )
 from data_tools.ingest.sources import Blob, Row, reach, rows
@@ -175,6 +176,7 @@ class _Work:
         self.out, self.rules, self.layout, self.workers = out, rules, layout, workers
         self.ledger = Ledger(scratch(out) / LEDGER, out)
         self.accepted = self.reused = self.repeats = 0
+        self._folders: set[Place] = set()
 
     def run(self, found: Iterable[Row]) -> Report:
         self.ledger.begin(iterate(self.out) if exists(self.out / LIST) else ())
@@ -219,7 +221,7 @@ class _Work:
         """The triplet of a draft, its pictures checked and copied."""
         pictures = {name: _Picture.of(blob, self.rules.max_pixels) for name, blob in draft.pictures.items()}
         size = self._refuse_unfit(pictures)
-        source, edited = pictures["source"].image, pictures["edited"].image
+        look = _look(pictures["source"], pictures["edited"], size)
         return Triplet(
             id=draft.id,
             instruction=draft.instruction,
@@ -228,12 +230,12 @@ class _Work:
             evolution=draft.evolution,
             extra=draft.extra,
             size=size,
-            hashes={name: hash_of(picture.content) for name, picture in pictures.items()},
-            look=dhash(source) + dhash(edited),
+            hashes={name: xxh3_128_hexdigest(picture.content) for name, picture in pictures.items()},
+            look=look,
         )
 
     def _refuse_unfit(self, pictures: "Mapping[str, _Picture]") -> Size:
-        """The size that these pictures are brought to; Rejected if they do not align, or show no edit."""
+        """The size that these pictures are brought to; Rejected if they do not align, or have another."""
         source, edited = pictures["source"], pictures["edited"]
         size = nearest(size_of(source.image), self.rules.sizes)
         _refuse_misaligned(source, edited)
@@ -241,14 +243,14 @@ class _Work:
             if self.rules.fit == "exact" and size_of(picture.image) != size:
                 found, wanted = _words(size_of(picture.image)), " or ".join(map(_words, self.rules.sizes))
                 raise Rejected("wrong size", f"{name} is {found}, not {wanted}", picture.file)
-        if same_after_fit(source.image, edited.image, size):
-            raise Rejected("source == edited", "the two images are the same, pixel by pixel", edited.file)
         return size
 
     def _write(self, name: str, key: str, picture: "_Picture") -> Place:
         """Keep the file as it came: scaling it here would only cost an encoding and a second decoding."""
         folder = self.out / "images" / hash_of(key.encode())[:2]  # one folder of a million files is slow everywhere
-        make_folder(folder)
+        if folder not in self._folders:
+            make_folder(folder)
+            self._folders.add(folder)
         path = folder / f"{name}.{picture.suffix}"
         write_atomically(path, picture.content, durable=False)
         return path
@@ -292,6 +294,14 @@ class _Work:
         self.ledger.close()
         (scratch(self.out) / LEDGER).unlink()
         return report
+
+
+def _look(source: _Picture, edited: _Picture, size: Size) -> str:
+    """Both pictures' perceptual hashes; Rejected if there is nothing to see between them."""
+    before, after = (Glance.at(p.image, size) for p in (source, edited))
+    if before.like(after) and fit_to(source.image, size).tobytes() == fit_to(edited.image, size).tobytes():
+        raise Rejected("source == edited", "the two images are the same, pixel by pixel", edited.file)
+    return before.dhash + after.dhash
 
 
 def _refuse_misaligned(source: _Picture, edited: _Picture) -> None:
