@@ -42,12 +42,12 @@ from v4e.export import export_run
 from v4e.journal import progress
 from v4e.models.codec import WanCodec
 from v4e.nouns import Clip, Origin, seed_of
-from v4e.pipelines import Card, few_step_scheduler
+from v4e.pipelines import CARD, Card, few_step_scheduler
 
 SIZE = 64
 BUNDLE = Path("v4e/assets/wan-nano")
 IMAGE_STEPS, CLIP_STEPS, WHOLE_STEPS = 700, 900, 120
-SHARPEN_STEPS = 700
+DETAIL_STEPS, SHARP_STEPS = 500, 300
 
 
 # ------------------------------------------------------------------------------------------------ optimiser
@@ -253,18 +253,19 @@ def vae_loss(vae: Any, x: Tensor, noise_seed: int) -> Tensor:
     return picture_loss(y.float(), x, detail=0.01) + 1e-5 * kl
 
 
-def decoder_loss(vae: Any, x: Tensor) -> Tensor:
+def decoder_loss(vae: Any, x: Tensor, sharp: float) -> Tensor:
     """The decoder alone, from noiseless latents, with more weight on detail: squared error by itself blurs.
 
-    Each frame is also to be as sharp as the true one, by the ratio that the evaluation measures; without that the
-    frames of much detail, sketches, keep a fifth of it.
+    Args:
+        sharp: weight of each frame's sharpness, by the ratio that the evaluation measures. Without it the frames of
+            most detail, sketches, keep a fifth of it; with much of it squared error suffers.
     """
     with torch.autocast("cpu", dtype=torch.bfloat16):
         with torch.no_grad():
             mean = vae._encode(x).chunk(2, dim=1)[0]
         y = raw_decode(vae, mean)
     y = y.float()
-    return picture_loss(y, x, detail=0.3) + 0.05 * (log_sharpness(y) - log_sharpness(x)).abs().mean()
+    return picture_loss(y, x, detail=0.3) + sharp * (log_sharpness(y) - log_sharpness(x)).abs().mean()
 
 
 def picture_loss(y: Tensor, x: Tensor, detail: float) -> Tensor:
@@ -279,11 +280,17 @@ def train_vae(work: Path, seed: int) -> None:
     stage = Stage(work / "vae", vae, muon_and_adam(vae, 0.02, 3e-3), IMAGE_STEPS + CLIP_STEPS + WHOLE_STEPS)
     stage.run(lambda step: vae_loss(vae, vae_batch(step, seed), seed_of(seed, "noise", step)), "vae")
     mean, std = latent_statistics(vae, seed)
-    decoder = nn.ModuleList([vae.decoder, vae.post_quant_conv])
-    sharpen = Stage(work / "vae-decoder", decoder, muon_and_adam(decoder, 0.01, 1e-3), SHARPEN_STEPS)
-    sharpen.run(lambda step: decoder_loss(vae, vae_batch(IMAGE_STEPS + step, seed)), "decoder")
+    train_decoder(work / "vae-decoder", vae, seed, DETAIL_STEPS, 0, sharp=0.0)
+    train_decoder(work / "vae-sharp", vae, seed, SHARP_STEPS, DETAIL_STEPS, sharp=0.03)
     vae.register_to_config(latents_mean=mean, latents_std=std)
     vae.save_pretrained(work / "vae" / "folder")
+
+
+def train_decoder(folder: Path, vae: Any, seed: int, steps: int, start: int, sharp: float) -> None:
+    """Go on with the decoder on clips from ``start`` on; the encoder, and so every latent, stays."""
+    decoder = nn.ModuleList([vae.decoder, vae.post_quant_conv])
+    stage = Stage(folder, decoder, muon_and_adam(decoder, 0.01, 1e-3), steps)
+    stage.run(lambda step: decoder_loss(vae, vae_batch(IMAGE_STEPS + start + step, seed), sharp), folder.name)
 
 
 @torch.no_grad()
@@ -625,6 +632,13 @@ def train_leg(work: Path, name: str, ranks: int) -> None:
     places = [f"init={work / leg.init}", f"loop.data={work / f'shards-{leg.clips}'}", f"loop.output={work / name}"]
     subprocess.run([*launcher(ranks), "train", f"configs/nano/{leg.config}.yaml", *places], check=True)
     export_run(work / name, work / "models" / name, base=str(work / "arch" / leg.model))
+    sampled_as(work / "arch" / leg.model, work / "models" / name)
+
+
+def sampled_as(arch: Path, model: Path) -> None:
+    """Give a model its architecture's grid: the levels a leg is trained at may lie nearer to noise."""
+    shutil.copytree(arch / "scheduler", model / "scheduler", dirs_exist_ok=True)
+    shutil.copy(arch / CARD, model / CARD)
 
 
 def pack_in_parallel(work: Path, seed: int, name: str, processes: int) -> None:
