@@ -1,4 +1,4 @@
-# Every target creates .venv when it is missing: make demo | student | test | test-slow | checks | nano | ablate
+# Every target creates .venv when it is missing: make demo | student | test | test-slow | checks | nano | bench | ablate
 # On a machine without a GPU, TORCH_INDEX=https://download.pytorch.org/whl/cpu saves 2 GB of download.
 PYTHON ?= python3
 TORCH_INDEX ?=
@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 READY := $(VENV)/.installed
 
-.PHONY: demo student test test-slow checks nano ablate
+.PHONY: demo student test test-slow checks nano bench ablate
 .DELETE_ON_ERROR:
 
 demo: $(READY)
@@ -33,6 +33,9 @@ student: $(READY)
 
 nano: $(READY)
 	$(BIN)/python -m data_tools.nano $(ARGS)
+
+bench: $(READY)
+	$(BIN)/python -m data_tools.bench $(ARGS)
 
 ablate: $(READY)
 	$(BIN)/v4e ablate $(ARGS)
