@@ -291,32 +291,6 @@ def damaged(tmp_path, change):
     return folder
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_real_sizes(kind):
-    """The published 14B configs, without memory."""
-    config = {
-        "num_attention_heads": 40,
-        "attention_head_dim": 128,
-        "in_channels": 36,
-        "out_channels": 16,
-        "text_dim": 4096,
-        "freq_dim": 256,
-        "ffn_dim": 13824,
-        "num_layers": 40,
-        "image_dim": 1280,
-        "added_kv_proj_dim": 5120,
-        "pos_embed_seq_len": 514 if kind == "flf2v" else None,
-    }
-    with torch.device("meta"):
-        model = fresh(config, seed=0).build()
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    assert shapes["patch_embedding.weight"] == (5120, 36, 1, 2, 2)
-    assert shapes["blocks.39.ffn.net.0.proj.weight"] == (13824, 5120)
-    assert shapes["blocks.0.attn2.add_k_proj.weight"] == (5120, 5120)
-    assert shapes.get(POSITIONS) == ((1, 514, 1280) if kind == "flf2v" else None)
-    assert 16.3e9 < sum(p.numel() for p in model.parameters()) < 16.5e9
-
-
 def test_the_saved_pipeline_is_stock():
     pipeline = WanImageToVideoPipeline.from_pretrained(shared_wan_folder("flf2v"))
     assert type(pipeline.transformer) is WanTransformer3DModel

@@ -1,8 +1,8 @@
-"""Model folders in diffusers layout: found here or on the Hub, checked, and read one tensor at a time."""
+"""Model folders: found here or on the Hub, checked, and read one tensor at a time."""
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -13,6 +13,8 @@ from torch import Tensor
 from v4e.errors import CheckpointError
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+STEM = "diffusion_pytorch_model"  # of a transformer's and a VAE's files, diffusers' and Wan's alike
+PICKLES = (".bin", ".pth", ".pt", ".ckpt")
 
 
 def locate(source: str | Path, patterns: Iterable[str]) -> Path:
@@ -57,36 +59,54 @@ def read_config(folder: Path) -> dict[str, object]:
 
 
 class Tensors:
-    """The named tensors of a component's folder: one safetensors file, or shards with an index.
+    """The named tensors of a component: a safetensors file, or a folder of one or of shards with an index.
 
     Raises:
-        CheckpointError: no weights, an index that names a missing shard, or a damaged file.
+        CheckpointError: no weights, a pickle, an index that names a missing shard, or a damaged file.
     """
 
-    def __init__(self, folder: Path, ignore: Iterable[str] = ()) -> None:
-        """``ignore``: parts of names that older exports carry and no model uses."""
-        parts = tuple(ignore)
-        self._file_of = {name: file for name, file in _index(folder).items() if not any(p in name for p in parts)}
+    def __init__(
+        self,
+        place: Path,
+        ignore: Iterable[str] = (),
+        rename: Callable[[Collection[str]], Mapping[str, str]] | None = None,
+    ) -> None:
+        """Read the names alone.
+
+        Args:
+            ignore: parts of names that older exports carry and no model uses.
+            rename: name in the files -> the name to be known by.
+        """
+        parts, file_of = tuple(ignore), _index(place)
+        known_by = rename(file_of) if rename else {name: name for name in file_of}
+        kept = {name: known_by[name] for name in file_of if not any(part in known_by[name] for part in parts)}
+        self._places = {known: (file_of[name], name) for name, known in kept.items()}
 
     def shapes(self) -> dict[str, torch.Size]:
-        """Every tensor's shape, read from the headers alone."""
+        """The shape of every tensor that is there, read from the headers alone."""
         shapes = {}
         for file, names in self._by_file().items():
             with _open(file) as shard:
-                shapes |= {name: torch.Size(shard.get_slice(name).get_shape()) for name in names}
+                there = set(shard.keys())  # an index may promise more
+                shapes |= {
+                    known: torch.Size(shard.get_slice(name).get_shape())
+                    for known, name in names.items()
+                    if name in there
+                }
         return shapes
 
     def stream(self) -> Iterator[tuple[str, Tensor]]:
         """Every (name, tensor), one in memory at a time."""
         for file, names in self._by_file().items():
-            with _open(file) as shard:
-                for name in names:
-                    yield name, shard.get_tensor(name)
+            for known, name in names.items():
+                with _open(file) as shard:  # anew for each: pages of a mapped file that were read count as memory
+                    yield known, shard.get_tensor(name)
 
-    def _by_file(self) -> dict[Path, list[str]]:
-        grouped: dict[Path, list[str]] = {}
-        for name, file in self._file_of.items():
-            grouped.setdefault(file, []).append(name)
+    def _by_file(self) -> dict[Path, dict[str, str]]:
+        """File -> name to be known by -> name in the file."""
+        grouped: dict[Path, dict[str, str]] = {}
+        for known, (file, name) in self._places.items():
+            grouped.setdefault(file, {})[known] = name
         return grouped
 
 
@@ -114,22 +134,42 @@ def _some(names: list[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
-def _index(folder: Path) -> dict[str, Path]:
-    single = folder / "diffusion_pytorch_model.safetensors"
-    if single.is_file():
-        with _open(single) as file:
-            return dict.fromkeys(file.keys(), single)  # noqa: SIM118 (safe_open is no mapping)
-    index = folder / "diffusion_pytorch_model.safetensors.index.json"
+def is_file_of_weights(source: str | Path) -> bool:
+    """Whether a source is one file rather than a folder or a Hub id."""
+    return Path(source).expanduser().is_file()
+
+
+def _index(place: Path) -> dict[str, Path]:
+    """Name -> file."""
+    single, index = place / f"{STEM}.safetensors", place / f"{STEM}.safetensors.index.json"
+    if place.is_file() or single.is_file():
+        file = _no_pickle(place) if place.is_file() else single
+        with _open(file) as opened:
+            return dict.fromkeys(opened.keys(), file)
     if not index.is_file():
-        raise CheckpointError(
-            "no safetensors weights", where=str(folder), fix="expected diffusion_pytorch_model.safetensors"
-        )
-    files = {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+        for file in sorted(place.glob("*")):
+            _no_pickle(file)
+        raise CheckpointError("no safetensors weights", where=str(place), fix=f"expected {single.name}")
+    try:
+        files = {name: place / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"unreadable index: {error!r}", where=str(index), fix="download it again") from error
     if lost := sorted({file.name for file in files.values() if not file.is_file()}):
         raise CheckpointError(
             f"the index names missing shards: {_some(lost)}", where=str(index), fix="download them again"
         )
     return files
+
+
+def _no_pickle(file: Path) -> Path:
+    """The file, unless reading it could run what is inside."""
+    if file.suffix in PICKLES:
+        raise CheckpointError(
+            "the weights are a pickle, which may run code when it is read, so v4e does not read it",
+            where=str(file),
+            fix="take the release in safetensors, or convert a file that you trust: docs/loading.md says how",
+        )
+    return file
 
 
 def _open(path: Path) -> safe_open:

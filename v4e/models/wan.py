@@ -17,7 +17,8 @@ from torch.utils.checkpoint import checkpoint
 from v4e import flow
 from v4e.errors import CheckpointError, ConfigError, ShapeError
 from v4e.models.attention import Attention, Context, fold_padding, install
-from v4e.models.folder import Tensors, check, locate, read_config
+from v4e.models.folder import STEM, Tensors, check, is_file_of_weights, locate, read_config
+from v4e.models.original import diffusers_config, diffusers_names, is_authors, released_config
 from v4e.nouns import TEXT_TOKENS, Conditions, pad_words
 
 Kind = Literal["i2v", "flf2v"]
@@ -186,11 +187,11 @@ def declare(
     checkpointing: bool = False,
     vision_tokens: int | None = None,
 ) -> Declared:
-    """Declare a Wan of a folder or Hub repository; nothing is built, and only its config is read, until asked.
+    """Declare a Wan of a folder, file or Hub repository; nothing is built, and only its config is read, until asked.
 
     Args:
-        source: folder in diffusers layout, or a Hub id.
-        subfolder: the component in it.
+        source: folder or Hub id, in diffusers' layout or Wan's authors'; or one safetensors file (docs/loading.md).
+        subfolder: the component in it, where the layout is diffusers'.
         kind: the architecture wanted; where the source is of the other one, it is initialised from it: ``i2v``
             drops FLF2V's vision positions, ``flf2v`` adds them as zeros.
         fresh_seed: keep the architecture alone and draw new weights; see :func:`fresh`.
@@ -200,16 +201,15 @@ def declare(
     Raises:
         CheckpointError: the folder, its config or weights are missing, damaged or of another model.
     """
-    home = locate(source, [f"{subfolder}/config.json", "image_encoder/config.json"])
-    stored = read_config(home / subfolder)
-    config = _config_as(stored, kind, vision_tokens or _vision_tokens(home))
+    stored = _find(source, subfolder)
+    config = _config_as(stored.config, kind, vision_tokens or _vision_tokens(stored.home))
     if fresh_seed is not None:
         return fresh(
             config, fresh_seed, attention=attention, fold_text_padding=fold_text_padding, checkpointing=checkpointing
         )
     return Declared(
         _builder(config, attention, fold_text_padding, checkpointing),
-        lambda: _stored_weights(locate(source, [f"{subfolder}/*"]) / subfolder, stored, config),
+        lambda: _stored_weights(stored, config),
     )
 
 
@@ -271,6 +271,44 @@ def _builder(
     return build
 
 
+class _Stored(NamedTuple):
+    """A transformer that lies somewhere: what it is, in diffusers' words, and how to reach its tensors.
+
+    Args:
+        home: the folder in which its image encoder may lie.
+        place: of the weights, for messages.
+    """
+
+    home: Path
+    place: str
+    config: dict[str, object]
+    tensors: Callable[[], Tensors]
+
+
+def _find(source: str | Path, subfolder: str) -> _Stored:
+    if is_file_of_weights(source):
+        file = Path(source).expanduser()
+        tensors = _tensors(file)
+        beside = file.with_name("config.json")
+        config = _in_diffusers_words(file.parent) if beside.is_file() else released_config(tensors.shapes(), str(file))
+        return _Stored(file.parent, str(file), config, lambda: tensors)
+    home = locate(source, [f"{subfolder}/config.json", "image_encoder/config.json", "config.json"])
+    bare = (home / "config.json").is_file() and not (home / subfolder).is_dir()  # a transformer and no pipeline
+    part, patterns = ("", ["config.json", f"{STEM}*"]) if bare else (subfolder, [f"{subfolder}/*"])
+    return _Stored(
+        home, str(home / part), _in_diffusers_words(home / part), lambda: _tensors(locate(source, patterns) / part)
+    )
+
+
+def _in_diffusers_words(folder: Path) -> dict[str, object]:
+    config = read_config(folder)
+    return diffusers_config(config) if is_authors(config) else config
+
+
+def _tensors(place: Path) -> Tensors:
+    return Tensors(place, WanTransformer3DModel._keys_to_ignore_on_load_unexpected or (), diffusers_names)
+
+
 def _config_as(config: dict[str, object], kind: Kind | None, vision_tokens: int) -> dict[str, object]:
     """The config of the architecture wanted; a model with vision positions is FLF2V."""
     if kind is None or (kind == "flf2v") == (config.get("pos_embed_seq_len") is not None):
@@ -289,11 +327,10 @@ def _vision_tokens(home: Path) -> int:
         return 257
 
 
-def _stored_weights(folder: Path, stored: dict[str, object], config: dict[str, object]) -> Iterator[tuple[str, Tensor]]:
-    """A folder's tensors, checked against its own config and fitted to the wanted one, then the tables."""
-    tensors = Tensors(folder, ignore=WanTransformer3DModel._keys_to_ignore_on_load_unexpected)
-    own, wanted = _shapes(stored), _shapes(config)
-    check(own, tensors.shapes(), str(folder))
+def _stored_weights(stored: _Stored, config: dict[str, object]) -> Iterator[tuple[str, Tensor]]:
+    """A checkpoint's tensors, checked against its own config and fitted to the wanted one, then the tables."""
+    tensors, own, wanted = stored.tensors(), _shapes(stored.config), _shapes(config)
+    check(own, tensors.shapes(), stored.place)
     yield from ((name, tensor) for name, tensor in tensors.stream() if name in wanted)
     yield from ((name, torch.zeros(wanted[name])) for name in sorted(wanted.keys() - own.keys()))
     yield from _tables(config)
