@@ -14,6 +14,8 @@ VERBS = {
     "verify": "read every byte of a shard folder",
     "stats": "count what a shard folder holds and measure its roll-outs",
     "filter": "leave out roll-outs that are not good enough",
+    "merge": "make one shard folder of several",
+    "reshard": "cut a set into shards of another size",
     "look": "show a shard folder on one HTML page",
 }
 

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from test_shards import META, contents, make_sample, run_python, same, write
 
+from data_tools.merge import merge
+from data_tools.reshard import reshard
 from v4e.data.disk import scratch
 from v4e.data.places import place, put_new, read_bytes, read_many, read_range, shown, sizes, system
 from v4e.data.shards import SetMeta, ShardSet, ShardWriter, finish
@@ -91,13 +93,30 @@ def test_several_writers_fill_one_bucket(url, tmp_path):
     assert stored(url) == contents(tmp_path)
 
 
+def test_merging_and_resharding_between_disk_and_s3(url, tmp_path):
+    """Up, down and inside the store: the same set each time."""
+    sources = []
+    for n, folder in enumerate((tmp_path / "a", f"{url}/b")):
+        with ShardWriter(folder, META, samples_per_shard=2) as writer:
+            for i in range(3 * n, 3 * n + 3):
+                writer.add(make_sample(i))
+        sources.append(folder)
+    local, remote = merge(sources, tmp_path / "all"), merge(sources, f"{url}/all")
+    merged = {"merged.json": read_bytes(tmp_path / "all/merged.json")}
+    assert stored(f"{url}/all") == contents(local.folder) | merged and remote.keys == [f"s{i:04d}" for i in range(6)]
+    assert stored(f"{url}/new") == {} and reshard(remote.folder, f"{url}/new", 3).identity
+    assert stored(f"{url}/new") == contents(reshard(local.folder, tmp_path / "new", 3).folder) | {
+        "resharded.json": read_bytes(tmp_path / "new/resharded.json")
+    }
+
+
 # ---------------------------------------------------------------------------------------- killed, doubled, damaged
 
 UPLOADS = """
     import os, sys, threading
     from test_shards import META, ShardWriter, make_sample
-    from v4e.data import shards
-    put, left = shards.put_new, int(sys.argv[2])
+    from v4e.data import disk
+    put, left = disk.put_new, int(sys.argv[2])
     def put_or_stop(*args):
         global left
         if not left:
@@ -105,7 +124,7 @@ UPLOADS = """
             threading.Event().wait()
         left -= 1
         put(*args)
-    shards.put_new = put_or_stop
+    disk.put_new = put_or_stop
     with ShardWriter(sys.argv[1], META, samples_per_shard=3) as writer:
         for i in range(7):
             writer.add(make_sample(i))

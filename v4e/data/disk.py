@@ -14,7 +14,17 @@ from typing import IO
 
 from safetensors import SafetensorError
 
-from v4e.data.places import Place, exists, is_remote, put, read_bytes, shown
+from v4e.data.places import (
+    Place,
+    copy_inside,
+    exists,
+    fetch,
+    is_remote,
+    put,
+    put_new,
+    read_bytes,
+    shown,
+)
 from v4e.errors import DataError, V4EError
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -65,6 +75,33 @@ def scratch(folder: Place) -> Path:
     if local.lstat().st_uid != os.getuid() or local.is_symlink():
         raise DataError("belongs to somebody else", where=str(local), fix="set TMPDIR to a folder of yours")
     return local
+
+
+def publish(target: Place, source: Path | bytes) -> None:
+    """Show a finished file under its name; on a store never over another writer's."""
+    if is_remote(target):
+        put_new(target, source)
+    elif isinstance(source, bytes):
+        write_atomically(target, source)
+    else:
+        os.replace(source, target)
+        sync_folder(target.parent)
+
+
+def copy(source: Place, target: Place) -> None:
+    """The same bytes under another name, seen whole or not at all; by a link, or inside a store, where that can be.
+
+    Raises:
+        DataError: the source cannot be read, or the target cannot be written.
+    """
+    if is_remote(source) and is_remote(target) and source.protocol == target.protocol:
+        return copy_inside(source, target)
+    temporary = scratch(target.parent) / f"{TEMPORARY}{target.name}"
+    temporary.unlink(missing_ok=True)
+    fetch(source, temporary)
+    publish(target, temporary)
+    temporary.unlink(missing_ok=True)
+    return None
 
 
 def settle(file: IO[bytes]) -> None:

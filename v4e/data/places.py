@@ -7,6 +7,7 @@ Credentials come from the environment or from fsspec's own configuration, never 
 
 import os
 import re
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -177,6 +178,26 @@ def put_new(where: UPath, source: Path | bytes) -> None:
             raise DataError(
                 "another writer has made this file", where=shown(where), fix="let one process alone write a part"
             ) from error
+
+
+def fetch(source: Place, target: Path) -> None:
+    """A file onto this disk: a link where there can be one, else every byte."""
+    with reaching(source):
+        if is_remote(source):
+            return system(source).get_file(source.path, str(target))
+        try:
+            os.link(source, target)
+        except OSError:  # another disk, or one without links
+            shutil.copyfile(source, target)
+    with open(target, "rb") as file:
+        os.fsync(file.fileno())
+    return None
+
+
+def copy_inside(source: UPath, target: UPath) -> None:
+    """Let a store copy an object; no byte passes this machine."""
+    with reaching(source, "copied"):
+        system(source).cp_file(source.path, target.path)
 
 
 def remove(where: Place) -> None:

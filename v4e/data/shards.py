@@ -6,7 +6,6 @@ it is whole. The hashes form a chain: manifest -> index -> member. ``docs/shards
 """
 
 import json
-import os
 import re
 import tarfile
 import time
@@ -27,6 +26,7 @@ from v4e.data.disk import (
     agree,
     hash_of,
     lock,
+    publish,
     readable,
     scratch,
     settle,
@@ -44,7 +44,6 @@ from v4e.data.places import (
     listable,
     make_folder,
     place,
-    put_new,
     read_bytes,
     read_many,
     remove,
@@ -304,13 +303,7 @@ class _Shard:
                 remove(path)
 
     def _place(self, path: Place, source: Path | bytes) -> None:
-        """Show a file under its name, never over another writer's."""
-        if is_remote(path):
-            put_new(path, source)
-        elif isinstance(source, bytes):
-            write_atomically(path, source)
-        else:
-            os.replace(source, path)
+        publish(path, source)
         self._placed.append(path)
 
     def _put(self, name: str, content: bytes) -> list[object]:
@@ -337,6 +330,13 @@ class _Shard:
         }
 
 
+def layout_of(folder: Place) -> Mapping[str, object]:
+    """How a set's tars were cut, and the type its tensors are stored in."""
+    path = folder / "settings.json"
+    with readable(str(path)):
+        return dict(json.loads(read_bytes(path))["layout"])
+
+
 def finish(folder: str | Place) -> "ShardSet":
     """Write the manifest over all finished shards of a folder, in the order of their names.
 
@@ -353,7 +353,7 @@ def finish(folder: str | Place) -> "ShardSet":
     for name, content, index in _whole_shards(folder):
         shards.append(ShardInfo(name, len(index), index.bytes, hash_of(content)))
         hashes.append(_key_hashes(index))
-    _refuse_doubles(folder, [s.name for s in shards], hashes)
+    _refuse_doubles([folder / s.name for s in shards], hashes)
     manifest = {
         "format": FORMAT,
         **meta.to_dict(),
@@ -440,7 +440,7 @@ class ShardSet:
 
     def refuse_doubles(self) -> None:
         """DataError naming a key that two samples share, and their shards; reads every index."""
-        _refuse_doubles(self.folder, [s.name for s in self.shards], [_key_hashes(i) for i in self.indexes])
+        refuse_doubles([self])
 
     def kinds(self, i: int) -> list[str]:
         """Kinds of members that sample ``i`` has."""
@@ -522,24 +522,26 @@ def _key_hashes(index: Index) -> np.ndarray:
     return np.fromiter(map(hash, index.keys), np.int64, len(index))
 
 
-def _refuse_doubles(folder: Place, names: Sequence[str], hashes: Sequence[np.ndarray]) -> None:
-    """DataError naming a key that two samples share, and their shards.
+def refuse_doubles(sets: Sequence[ShardSet]) -> None:
+    """DataError naming a key that two samples share, and their shards; reads every index of the sets."""
+    paths = [s.folder / shard.name for s in sets for shard in s.shards]
+    _refuse_doubles(paths, [_key_hashes(index) for s in sets for index in s.indexes])
 
-    Args:
-        hashes: of each shard's keys. Where two are equal, the indexes are read again and the keys themselves compared.
-    """
-    if not hashes:
-        return
-    every = np.sort(np.concatenate(hashes))
+
+def _refuse_doubles(tars: Sequence[Place], hashes: Sequence[np.ndarray]) -> None:
+    """Where two hashes are equal, the indexes are read again and the keys themselves compared."""
+    every = np.sort(np.concatenate([np.empty(0, np.int64), *hashes]))
     suspects = set(every[1:][every[1:] == every[:-1]].tolist())
-    seen: dict[str, str] = {}
-    for name, part in zip(names, hashes, strict=True):
-        if suspects.isdisjoint(part.tolist()) if suspects else True:
-            continue
-        for key in Index(index_path(folder / name)).keys:
+    seen: dict[str, Place] = {}
+    for tar in [t for t, part in zip(tars, hashes, strict=True) if suspects and not suspects.isdisjoint(part.tolist())]:
+        for key in Index(index_path(tar)).keys:
             if key in seen:
-                raise DataError(f"key {key!r} occurs twice, in {seen[key]} and {name}", where=str(folder))
-            seen[key] = name
+                raise DataError(f"key {key!r} occurs twice, in {_both(seen[key], tar)}", where=str(tar.parent))
+            seen[key] = tar
+
+
+def _both(a: Place, b: Place) -> str:
+    return f"{a.name} and {b.name}" if a.parent == b.parent else f"{a} and {b}"
 
 
 def finished(folder: Place) -> list[str]:
