@@ -57,8 +57,11 @@ class Loop:
         checkpointing: recompute activations block by block.
         save_every, sheet_every, log_every: in steps; 0 for only at the end.
         keep_last: checkpoints kept.
+        keep_every: those of every so many steps are kept for good; 0 for none.
         max_bad_samples: quarantined samples that are put up with; one more stops the run.
         max_bad_steps: steps with non-finite gradients in a row at which the run stops.
+        spike: a loss this many robust standard deviations above the recent median is flagged; 0 for none.
+        allow_change: settings, ``data`` or ``format``, that may differ from those the run was begun with.
         threads: CPU threads per rank; 0 shares the cores among the ranks.
         cache_bytes: of samples kept in each rank's memory.
     """
@@ -79,8 +82,11 @@ class Loop:
     sheet_every: int = 0
     log_every: int = 10
     keep_last: int = 2
+    keep_every: int = 0
     max_bad_samples: int = 0
     max_bad_steps: int = 10
+    spike: float = 10.0
+    allow_change: tuple[str, ...] = ()
     threads: int = 0
     cache_bytes: int = 0
     wandb: Wandb = field(default_factory=Wandb)

@@ -59,3 +59,9 @@ class TrainingError(V4EError):
     """The run cannot go on: non-finite losses, too many quarantined samples."""
 
     exit_code = 7
+
+
+class Preempted(V4EError):
+    """The run was asked to stop and has saved itself; the same command goes on from there."""
+
+    exit_code = 75  # "try again" in sysexits.h

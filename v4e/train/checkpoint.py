@@ -1,32 +1,40 @@
 """Checkpoints that are whole or are not there.
 
 ``checkpoints/step_0000120/`` is written under a temporary name, sealed with the hash of every file and renamed. It
-holds DeepSpeed's state of each trained player, each rank's averages and generator, and what the run must agree on.
+holds each rank's runs of weights, averages and optimiser state by parameter name (``fragments.py``), so that any
+number of ranks can go on from it, each rank's generators, and what the run must agree on. Nothing in it is pickled.
 """
 
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from v4e import dist
+from v4e.config import Loop
 from v4e.dist import Ranks
 from v4e.errors import CheckpointError
 from v4e.train.engines import Cast
+from v4e.train.fragments import Archive, collect, restore
+from v4e.train.schedule import factor
 
 SEAL, STATE = "COMPLETE.json", "state.json"
+FORMAT = 2  # of the files; 1 was DeepSpeed's own
+FILE_BYTES = 1024**3  # about what one file holds, and what a rank copies at a time
 HARMLESS = (  # settings that may change from one process to the next without changing what is computed
     "loop.output", "loop.data", "loop.validation", "loop.steps", "loop.save_every", "loop.sheet_every",
-    "loop.log_every", "loop.keep_last", "loop.max_bad_samples", "loop.max_bad_steps", "loop.threads",
-    "loop.cache_bytes", "loop.wandb",
+    "loop.log_every", "loop.keep_last", "loop.keep_every", "loop.max_bad_samples", "loop.max_bad_steps",
+    "loop.spike", "loop.threads", "loop.cache_bytes", "loop.wandb", "loop.allow_change",
 )  # fmt: skip
+GENERATOR = "generator"
 
 
 @dataclass(frozen=True)
@@ -35,25 +43,33 @@ class State:
 
     Args:
         step: optimiser steps done.
-        world: ranks that wrote it; DeepSpeed's shards fit no other number.
+        world: ranks that wrote it.
         config: the recipe's settings, flat: "loop.batch" -> "16".
+        data: identity of the shards, empty where none was given.
+        format: of the files; what says nothing is of the first.
         skipped: steps left out so far because something was not finite.
         skipped_in_a_row: of these, the latest without a good one since.
         quarantined: key -> why, of the damaged samples this far.
+        spikes: losses out of the ordinary so far.
+        recent: player -> its latest losses, which say what is ordinary.
     """
 
     step: int
     world: int
     config: Mapping[str, str]
+    data: str = ""
+    format: int = 1
     skipped: int = 0
     skipped_in_a_row: int = 0
     quarantined: Mapping[str, str] = field(default_factory=dict)
+    spikes: int = 0
+    recent: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
 
 def save(
-    folder: Path, state: State, cast: Cast, averages: Mapping[str, Sequence[Tensor]], ranks: Ranks, keep: int
+    folder: Path, state: State, cast: Cast, averages: Mapping[str, Sequence[Tensor]], ranks: Ranks, loop: Loop
 ) -> Path:
-    """Write, seal, rename, and drop all but the last ``keep``. Every rank takes part."""
+    """Write, seal, rename, and drop those that need not be kept. Every rank takes part."""
     final = folder / f"step_{state.step:07d}"
     partial = folder / f".{final.name}.partial"
     if ranks.is_main:
@@ -61,32 +77,25 @@ def save(
         partial.mkdir(parents=True)
         (partial / STATE).write_text(json.dumps(asdict(state), indent=1))
     dist.barrier()
-    for name, role in cast.trained.items():
-        role.engine.save_checkpoint(str(partial), tag=name, save_latest=False)
-    save_file(_private(averages), partial / _own(ranks))
+    kept = (collect(role, averages[name], ranks) for name, role in cast.trained.items())
+    _write(partial / f"rank_{ranks.rank:05d}", chain(_generators(ranks), *kept))
     dist.barrier()
     hashes = _hash_together(partial, ranks)
     if ranks.is_main:
         _seal(partial, final, hashes)
-        _prune(folder, keep)
+        _prune(folder, loop)
     dist.barrier()
     return final
 
 
 def load(path: Path, cast: Cast, averages: Mapping[str, Sequence[Tensor]], ranks: Ranks) -> None:
     """Put a checkpoint's numbers back where they were; call :func:`read_state` and :func:`agree` first."""
+    archive = Archive(path.glob("rank_*.safetensors"))
     for name, role in cast.trained.items():
-        # DeepSpeed unpickles here. The files are our own, and their hashes have just been checked.
-        loaded, _ = role.engine.load_checkpoint(str(path), tag=name, load_lr_scheduler_states=False)
-        if loaded is None:
-            raise CheckpointError(f"DeepSpeed finds no state of player {name}", where=str(path))
-        role.refresh()
-    stored = load_file(path / _own(ranks))
-    for key, target in _named(averages).items():
-        target.copy_(stored[key])
-    torch.set_rng_state(stored["generator.cpu"])
-    if "generator.cuda" in stored:
-        torch.cuda.set_rng_state(stored["generator.cuda"])
+        restore(role, averages[name], archive, ranks)
+    for name, state, put in _devices():
+        if archive.kinds("", f"{name}.{ranks.rank}"):  # none where fewer ranks wrote
+            put(archive.read("", GENERATOR, f"{name}.{ranks.rank}", 0, state.numel()))
 
 
 def read_state(path: Path) -> State:
@@ -101,21 +110,46 @@ def read_state(path: Path) -> State:
         raise CheckpointError(f"not a readable checkpoint: {error}", where=str(path)) from error
 
 
-def agree(state: State, config: Mapping[str, str], ranks: Ranks, where: Path) -> None:
-    """Refuse to go on under settings that would make it another run.
+def agree(state: State, now: State, loop: Loop, where: Path) -> None:
+    """Refuse to go on where it would be another run, unless ``loop.allow_change`` names the difference.
+
+    Args:
+        now: what a checkpoint of this process would say.
 
     Raises:
-        CheckpointError: naming every setting with both its values.
+        CheckpointError: naming every difference with both its values.
     """
-    keys = sorted(k for k in {*state.config, *config} if not k.startswith(HARMLESS))
-    changed = [(k, state.config.get(k, "absent"), config.get(k, "absent")) for k in keys]
-    changed = [(k, was, now) for k, was, now in changed if was != now]
-    if state.world != ranks.world:
-        changed.insert(0, ("number of ranks", str(state.world), str(ranks.world)))
+    changed = [c for c in _differences(state, now, loop) if not _is_among(c[0], loop.allow_change)]
     if changed:
-        told = "; ".join(f"{k} was {was} and is now {now}" for k, was, now in changed)
-        what = f"the settings differ from the run's: {told}"
-        raise CheckpointError(what, where=str(where), fix="use another loop.output")
+        told = "; ".join(f"{k} was {was} and is now {new}" for k, was, new in changed)
+        fix = f"use another loop.output, or name what may change: loop.allow_change=[{','.join(c[0] for c in changed)}]"
+        raise CheckpointError(f"not the run that was begun: {told}", where=str(where), fix=fix)
+
+
+def _differences(state: State, now: State, loop: Loop) -> Iterator[tuple[str, object, object]]:
+    """(name, then, now) of all that would change what is computed."""
+    if state.format != now.format:
+        yield "format", state.format, now.format
+    if state.data != now.data:
+        yield "data", state.data, now.data
+    if _past_rates(state, loop, int(state.config["loop.steps"])) != _past_rates(state, loop, loop.steps):
+        yield "loop.steps", state.config["loop.steps"], loop.steps
+    # Another number of ranks may want other micro-batches; samples, order and batch stay.
+    harmless = HARMLESS if state.world == now.world else (*HARMLESS, "loop.micro_batch")
+    for key in sorted({*state.config, *now.config}):
+        was, new = state.config.get(key, "absent"), now.config.get(key, "absent")
+        if was != new and not _is_among(key, harmless):
+            yield key, was, new
+
+
+def _past_rates(state: State, loop: Loop, steps: int) -> list[float]:
+    """The learning rates of the steps already done, were the run ``steps`` long."""
+    return [factor(loop.schedule, step, steps) for step in range(state.step)]
+
+
+def _is_among(key: str, names: Iterable[str]) -> bool:
+    """Whether a setting or the branch it is on is named."""
+    return any(key == name or key.startswith(f"{name}.") for name in names)
 
 
 def find(folder: Path, ranks: Ranks) -> tuple[Path | None, list[str]]:
@@ -132,32 +166,51 @@ def find(folder: Path, ranks: Ranks) -> tuple[Path | None, list[str]]:
 def check(path: Path, ranks: Ranks) -> str:
     """What is wrong with a checkpoint; empty when nothing is. Every rank hashes its share of the files."""
     try:
-        expected = json.loads((path / SEAL).read_text())["files"]
-    except (OSError, ValueError, KeyError):
+        expected = dict(json.loads((path / SEAL).read_text())["files"])
+    except (OSError, ValueError, KeyError, TypeError):
         return f"no readable {SEAL}"
     found = _hash_together(path, ranks)
     wrong = sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))
     return f"{', '.join(wrong[:3])} differs" if wrong else ""
 
 
+def step_of(path: Path) -> int:
+    """The step that a checkpoint's name says."""
+    return int(path.name.removeprefix("step_"))
+
+
 def _listed(folder: Path) -> list[Path]:
-    return [p for p in folder.glob("step_*") if p.is_dir()]
+    return [p for p in folder.glob("step_*") if p.is_dir() and p.name.removeprefix("step_").isdigit()]
 
 
-def _own(ranks: Ranks) -> str:
-    return f"rank_{ranks.rank}.safetensors"
+def _write(stem: Path, values: Iterable[tuple[str, Tensor]]) -> None:
+    """Safetensors of about FILE_BYTES each, on the disk when this returns."""
+    held: dict[str, Tensor] = {}
+    number = 0
+    for name, tensor in values:
+        held[name] = tensor.to("cpu", copy=True).contiguous()
+        if sum(t.nbytes for t in held.values()) >= FILE_BYTES:
+            _save_file(stem.with_name(f"{stem.name}_{number:03d}.safetensors"), held)
+            held, number = {}, number + 1
+    _save_file(stem.with_name(f"{stem.name}_{number:03d}.safetensors"), held)
 
 
-def _named(averages: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
-    return {f"average.{name}.{i}": t for name, tensors in averages.items() for i, t in enumerate(tensors)}
+def _save_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    save_file(dict(tensors), path)
+    _flush(path)
 
 
-def _private(averages: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
-    """What one rank alone holds. Recipes draw from nouns.Draw; the generators are here for dropout and the like."""
-    generators = {"generator.cpu": torch.get_rng_state()}
+def _devices() -> list[tuple[str, Tensor, Callable[[Tensor], None]]]:
+    """(name, state, setter) of each generator. Recipes draw from nouns.Draw; these are for dropout and the like."""
+    found: list[tuple[str, Tensor, Callable[[Tensor], None]]] = [("cpu", torch.get_rng_state(), torch.set_rng_state)]
     if torch.cuda.is_available():
-        generators["generator.cuda"] = torch.cuda.get_rng_state()
-    return {**{k: t.contiguous() for k, t in _named(averages).items()}, **generators}
+        found.append(("cuda", torch.cuda.get_rng_state(), torch.cuda.set_rng_state))
+    return found
+
+
+def _generators(ranks: Ranks) -> Iterator[tuple[str, Tensor]]:
+    for name, state, _ in _devices():
+        yield f"|{GENERATOR}|{name}.{ranks.rank}|0", state
 
 
 def _hash_together(path: Path, ranks: Ranks) -> dict[str, str]:
@@ -177,13 +230,12 @@ def _hash(path: Path) -> str:
 
 
 def _seal(partial: Path, final: Path, hashes: Mapping[str, str]) -> None:
-    """Flush everything, then let the name appear."""
-    for name in hashes:
-        _flush(partial / name)
+    """Flush what is not yet on the disk, then let the name appear."""
     (partial / SEAL).write_text(json.dumps({"files": hashes}, indent=1))
-    _flush(partial / SEAL)
-    if final.exists():
-        shutil.rmtree(final)
+    for path in (partial / STATE, partial / SEAL, partial):
+        _flush(path)
+    if final.exists():  # damaged, or it would have been gone on from
+        os.replace(final, final.with_name(f".{final.name}.damaged.partial"))
     os.replace(partial, final)
     _flush(final.parent)
 
@@ -196,8 +248,9 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def _prune(folder: Path, keep: int) -> None:
+def _prune(folder: Path, loop: Loop) -> None:
     for torn in folder.glob(".*.partial"):  # of a process that was killed while writing
         shutil.rmtree(torn, ignore_errors=True)
-    for old in sorted(_listed(folder))[: -max(1, keep)]:
-        shutil.rmtree(old, ignore_errors=True)
+    for old in sorted(_listed(folder))[: -max(1, loop.keep_last)]:
+        if not (loop.keep_every and step_of(old) % loop.keep_every == 0):
+            shutil.rmtree(old, ignore_errors=True)

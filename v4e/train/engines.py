@@ -83,7 +83,7 @@ class Role:
 
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:
         """(name, whole fp32 tensor) of each trained parameter; every rank must draw all of them."""
-        copies = self._copies() if self.stage == 0 else {}
+        copies = self.copies() if self.stage == 0 else {}
         for name, parameter in self.module.named_parameters():
             if parameter.requires_grad:
                 whole: Any = copies[parameter] if self.stage == 0 else safe_get_full_fp32_param(parameter)
@@ -91,20 +91,31 @@ class Role:
 
     def refresh(self) -> None:
         """Round the fp32 weights into those the forward pass uses; for what wrote the masters from outside."""
-        for parameter, master in self._copies().items() if self.stage == 0 else ():
-            parameter.data.copy_(master)
+        optimizer = optimizer_of(self.engine)
+        if self.stage == 3:
+            _refresh_cut(optimizer)
+        elif self.stage:
+            optimizer.update_lp_params()
+        else:
+            for parameter, master in self.copies().items():
+                parameter.data.copy_(master)
 
-    @property
-    def _has_copies(self) -> bool:
-        return self.engine.bfloat16_enabled()
+    def inner(self) -> Any:
+        """PyTorch's optimiser, whose state is keyed by the masters."""
+        optimizer = optimizer_of(self.engine)
+        return optimizer.optimizer if self.stage or self._has_copies else optimizer
 
-    def _copies(self) -> dict[nn.Parameter, Tensor]:
-        """Master of each trained parameter, where ZeRO does not partition them."""
+    def copies(self) -> dict[nn.Parameter, Tensor]:
+        """Master of each trained parameter in the order of :meth:`masters`, where ZeRO does not partition them."""
         optimizer = optimizer_of(self.engine)
         if not self._has_copies:
             return {p: p for group in optimizer.param_groups for p in group["params"]}
         pairs = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
         return {p: master for low, high in pairs for p, master in zip(low, high, strict=True)}
+
+    @property
+    def _has_copies(self) -> bool:
+        return self.engine.bfloat16_enabled()
 
 
 @dataclass(frozen=True)
@@ -151,6 +162,15 @@ class Cast(Mapping[str, DeepSpeedEngine]):
 def optimizer_of(engine: DeepSpeedEngine) -> Any:
     """DeepSpeed's optimiser, of whichever of its classes."""
     return engine.optimizer
+
+
+def _refresh_cut(optimizer: Any) -> None:
+    """ZeRO-3: the partitions, then the small parameters that stay whole."""
+    for group in range(len(optimizer.fp32_partitioned_groups_flat)):
+        optimizer._reassign_or_swap_out_partitioned_parameters(group)
+    if whole := optimizer.persistent_parameters:
+        whole[0].partition(whole)
+        whole[0].all_gather(whole)
 
 
 def cast(players: Sequence[Player], loop: Loop, ranks: Ranks) -> Cast:

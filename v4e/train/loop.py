@@ -9,6 +9,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from v4e.dist import Ranks
 from v4e.errors import TrainingError
 from v4e.nouns import Draw, EditBatch, Losses
 from v4e.train.engines import Cast, Role
+from v4e.train.guards import WINDOW, surprise
 from v4e.train.schedule import factor
 from v4e.verbs import Recipe, Slice, Stream
 
@@ -50,11 +52,19 @@ class Progress:
     Args:
         step: optimiser steps done.
         skipped, in_a_row: steps left out because something was not finite, in all and the latest without a good one.
+        bad: of those in a row, step -> keys under suspicion.
+        spikes: losses out of the ordinary so far.
+        recent: turn -> its latest losses over all ranks.
+        news: sentences for the journal.
     """
 
     step: int = 0
     skipped: int = 0
     in_a_row: int = 0
+    bad: dict[int, list[str]] = field(default_factory=dict)
+    spikes: int = 0
+    recent: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    news: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -64,11 +74,13 @@ class Outcome:
     Args:
         norm: gradient norm before clipping; not finite where the step was skipped.
         moved: whether the weights did.
+        loss: mean over this rank's slices.
         suspects: keys of this rank whose losses were not finite.
     """
 
     norm: float
     moved: bool
+    loss: float
     suspects: tuple[str, ...]
 
 
@@ -80,12 +92,14 @@ def train(
     ranks: Ranks,
     *,
     after: Callable[[dict[str, float] | None], None],
-) -> None:
-    """Improve the players until ``recipe.loop.steps``.
+    asked: Callable[[], bool] = bool,
+) -> bool:
+    """Improve the players until ``recipe.loop.steps``; False where it was asked to stop before.
 
     Args:
         progress: where to go on from; counted up in place.
         after: called after each step on every rank, with numbers when it is time to log.
+        asked: whether this rank is to stop; between two steps all ranks stop together.
 
     Raises:
         TrainingError: too many steps in a row were not finite, or too many samples are damaged.
@@ -95,9 +109,11 @@ def train(
         began = time.perf_counter()
         slices = stream.step(progress.step)
         tally.add("data_wait_s", time.perf_counter() - began)
-        _check_samples(stream, loop.max_bad_samples, ranks)
+        if _consult(stream, loop.max_bad_samples, asked, ranks):
+            return False
         outcomes = _step(recipe, slices, cast, progress.step, tally, ranks)
         _count(progress, outcomes, slices, loop.max_bad_steps)
+        _look_for_spikes(progress, outcomes, loop.spike, ranks)
         for turn, outcome in outcomes.items():
             if outcome.moved:
                 tally.add(f"{turn}/grad_norm", outcome.norm)
@@ -105,6 +121,7 @@ def train(
         due = progress.step % max(1, loop.log_every) == 0 or progress.step == loop.steps
         after(_numbers(tally, progress, cast, stream, loop.batch, ranks) if due else None)
         tally = Tally() if due else tally
+    return True
 
 
 def _step(
@@ -124,18 +141,19 @@ def _step(
 def _turn(
     recipe: Recipe, cast: Cast, role: Role, batches: list[EditBatch], draws: list[Draw], step: int, tally: Tally
 ) -> Outcome:
-    turn, suspects = role.player.name, []
+    turn, suspects, told = role.player.name, [], []
     players = cast.scene(turn)
     norm, moved = math.nan, False
     for batch, draw in zip(batches, draws, strict=True):
         losses = recipe.losses(players, batch, draw, turn, step)
         total = losses.total
+        told.append(float(total.detach()))
         if not _note(losses, total, turn, tally):
             suspects += batch.keys
             total = total * math.nan  # makes the gradients non-finite on every rank, so that all skip alike
         role.engine.backward(total)
         norm, moved = role.step()
-    return Outcome(norm, moved, tuple(suspects))
+    return Outcome(norm, moved, fmean(told), tuple(suspects))
 
 
 def _note(losses: Losses, total: Tensor, turn: str, tally: Tally) -> bool:
@@ -154,36 +172,55 @@ def _count(progress: Progress, outcomes: Mapping[str, Outcome], slices: Sequence
     """Count a step that some player skipped; ``moved`` is the same on every rank, so all stop together."""
     if all(o.moved for o in outcomes.values()):
         progress.in_a_row = 0
+        progress.bad.clear()
         return
     progress.skipped += 1
     progress.in_a_row += 1
+    progress.bad[progress.step] = _suspects(outcomes, slices)
     if progress.in_a_row >= limit:
-        suspects = _suspects(outcomes, slices)
         raise TrainingError(
-            f"losses or gradients were not finite for {progress.in_a_row} steps in a row; last samples: {suspects}",
+            f"losses or gradients were not finite for {progress.in_a_row} steps in a row; "
+            f"last samples: {', '.join(progress.bad[progress.step])}",
             where=f"step {progress.step}",
-            fix="look at these samples, or lower the learning rate",
+            fix="look at these samples, all of them in notes/bad_steps.json, or lower the learning rate",
         )
 
 
-def _suspects(outcomes: Mapping[str, Outcome], slices: Sequence[Slice]) -> str:
+def _suspects(outcomes: Mapping[str, Outcome], slices: Sequence[Slice]) -> list[str]:
     """Keys with bad losses on any rank; all keys of the step where only gradients were bad."""
     own = sorted({key for o in outcomes.values() for key in o.suspects})
     bad = [key for part in dist.gather(own) for key in part]
     everyone = [key for part in dist.gather([s.key for x in slices for s in x.samples]) for key in part]
-    return ", ".join(bad or everyone)
+    return bad or everyone
 
 
-def _check_samples(stream: Stream, limit: int, ranks: Ranks) -> None:
-    """Stop on every rank alike once more than ``limit`` samples have been quarantined anywhere."""
-    if sum(dist.total([len(stream.quarantined)], ranks.device)) > limit:
-        found = quarantined(stream)
-        if len(found) > limit:
-            told = "; ".join(f"{key}: {why}" for key, why in sorted(found.items()))
-            raise TrainingError(
-                f"{len(found)} damaged samples, more than loop.max_bad_samples = {limit}: {told}",
-                fix="mend the shards, or raise loop.max_bad_samples",
-            )
+def _look_for_spikes(progress: Progress, outcomes: Mapping[str, Outcome], limit: float, ranks: Ranks) -> None:
+    """Flag losses far above what was usual; nothing is done about them."""
+    if not limit or not all(o.moved for o in outcomes.values()):
+        return
+    sums = dist.total([o.loss for o in outcomes.values()], ranks.device)
+    for turn, loss in zip(outcomes, (s / ranks.world for s in sums), strict=True):
+        recent = progress.recent[turn]
+        if (found := surprise(recent, loss)) > limit:
+            progress.spikes += 1
+            progress.news.append(f"step {progress.step}: {turn}'s loss {loss:.4g} is {found:.0f} deviations high")
+        recent[:] = [*recent, loss][-WINDOW:]
+
+
+def _consult(stream: Stream, limit: int, asked: Callable[[], bool], ranks: Ranks) -> bool:
+    """Whether any rank was asked to stop.
+
+    Raises:
+        TrainingError: on every rank alike once more than ``limit`` samples have been quarantined anywhere.
+    """
+    damaged, stops = dist.total([len(stream.quarantined), asked()], ranks.device)
+    if damaged > limit and len(found := quarantined(stream)) > limit:
+        told = "; ".join(f"{key}: {why}" for key, why in sorted(found.items()))
+        raise TrainingError(
+            f"{len(found)} damaged samples, more than loop.max_bad_samples = {limit}: {told}",
+            fix="mend the shards, or raise loop.max_bad_samples",
+        )
+    return stops > 0
 
 
 def quarantined(stream: Stream) -> dict[str, str]:
@@ -201,6 +238,7 @@ def _numbers(
     return numbers | {
         "samples_per_s": batch * steps / (time.perf_counter() - tally.began),
         "skipped_steps": progress.skipped,
+        "loss_spikes": progress.spikes,
         "quarantined": len(quarantined(stream)),
     }
 

@@ -1,9 +1,11 @@
 """A run: everything in training that has state. Engines, averages, journal, step."""
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,10 +16,11 @@ from torch import Tensor
 from v4e import dist
 from v4e.config import Loop, to_dict
 from v4e.dist import Ranks
-from v4e.errors import CheckpointError, ConfigError
+from v4e.errors import CheckpointError, ConfigError, Preempted
 from v4e.journal import Bar, Journal
 from v4e.train import checkpoint
 from v4e.train.engines import Cast, accumulation, cast, export_weights
+from v4e.train.guards import Notice
 from v4e.train.loop import Progress, quarantined, train
 from v4e.verbs import Backbone, Recipe, Stream
 
@@ -32,6 +35,8 @@ class Run:
 
     Args:
         averages: player -> exponential averages of this rank's share of its fp32 weights.
+        data: identity of the shards.
+        saved: step of the last whole checkpoint.
     """
 
     recipe: Recipe
@@ -42,6 +47,8 @@ class Run:
     progress: Progress
     ranks: Ranks
     sheet: Sheet | None = None
+    data: str = ""
+    saved: int = -1
 
     @property
     def loop(self) -> Loop:
@@ -51,17 +58,17 @@ class Run:
     def folder(self) -> Path:
         return Path(self.loop.output)
 
-    def go(self) -> None:
-        """Train to the end, then write the weights."""
+    def go(self, notice: Notice) -> None:
+        """Train to the end, then write the weights; or save and stop where a signal asks for it.
+
+        Raises:
+            Preempted: it did.
+            TrainingError: see :func:`v4e.train.loop.train`.
+        """
         with self.journal.bar("train", self.loop.steps, self.progress.step) as bar:
-            train(
-                self.recipe,
-                self.stream,
-                self.cast,
-                self.progress,
-                self.ranks,
-                after=lambda numbers: self._after(bar, numbers),
-            )
+            after = partial(self._after, bar)
+            if not train(self.recipe, self.stream, self.cast, self.progress, self.ranks, after=after, asked=notice):
+                self._give_way(notice)
         self.write_weights()
 
     def write_weights(self) -> None:
@@ -75,20 +82,34 @@ class Run:
 
     def save(self) -> Path:
         """A checkpoint of this step."""
-        state = checkpoint.State(
+        state = replace(
+            _fresh(self.recipe, self.ranks, self.data),
             step=self.progress.step,
-            world=self.ranks.world,
-            config=flat(self.recipe),
             skipped=self.progress.skipped,
             skipped_in_a_row=self.progress.in_a_row,
             quarantined=quarantined(self.stream),
+            spikes=self.progress.spikes,
+            recent=dict(self.progress.recent),
         )
         folder = self.folder / "checkpoints"
-        return checkpoint.save(folder, state, self.cast, self.averages, self.ranks, self.loop.keep_last)
+        self.saved = state.step
+        return checkpoint.save(folder, state, self.cast, self.averages, self.ranks, self.loop)
+
+    def _give_way(self, notice: Notice) -> None:
+        if self.saved != self.progress.step:
+            self.save()
+        raise Preempted(
+            f"stopped by {notice.heard or 'the signal of another rank'}, saved",
+            where=f"step {self.progress.step}",
+            fix="the same command goes on from there",
+        )
 
     def _after(self, bar: Bar, numbers: dict[str, float] | None) -> None:
         step, last = self.progress.step, self.progress.step == self.loop.steps
         self._average()
+        for sentence in self.progress.news:
+            self.journal.say(sentence)
+        self.progress.news.clear()
         if numbers:
             self.journal.log(step, numbers)
         bar.advance(1, **_brief(numbers or {}))
@@ -153,46 +174,67 @@ class _Writer:
         self._held = {}
 
 
-def train_recipe(recipe: Recipe, make_stream: MakeStream, sheet: Sheet | None = None, resume: str = "auto") -> Path:
+def train_recipe(
+    recipe: Recipe, make_stream: MakeStream, sheet: Sheet | None = None, resume: str = "auto", data: str = ""
+) -> Path:
     """Train a recipe from the first step or from where it stopped; the folder of the weights.
 
     Args:
         make_stream: (rank, world) -> this rank's stream.
         sheet: draws a contact sheet; every rank calls it, rank 0 returns a picture.
         resume: ``auto`` goes on from the last whole checkpoint, ``never`` starts anew, else a checkpoint's folder.
+        data: what changes when the stream's samples or their order do; a run goes on with the same alone.
 
     Raises:
-        ConfigError, CheckpointError, TrainingError: see their classes.
+        ConfigError, CheckpointError, TrainingError, Preempted: see their classes.
     """
     ranks = dist.start(recipe.loop.threads)
-    run = open_run(recipe, make_stream, sheet, resume, ranks)
-    try:
-        run.go()
-    except BaseException:
-        run.journal.close(exit_code=1)
-        raise
+    with Notice() as notice:
+        run = open_run(recipe, make_stream, sheet, resume, ranks, data)
+        try:
+            run.go(notice)
+        except BaseException:
+            if run.progress.bad:
+                run.journal.note("bad_steps.json", json.dumps(run.progress.bad, indent=1))
+            run.journal.close(exit_code=1)
+            raise
     run.journal.close()
     return run.folder / "weights"
 
 
-def open_run(recipe: Recipe, make_stream: MakeStream, sheet: Sheet | None, resume: str, ranks: Ranks) -> Run:
+def open_run(
+    recipe: Recipe, make_stream: MakeStream, sheet: Sheet | None, resume: str, ranks: Ranks, data: str = ""
+) -> Run:
     """Set the stage: find the checkpoint, cast the players, restore them."""
     loop = recipe.loop
     if not loop.output:
         raise ConfigError("no run directory", where="loop.output", fix="add loop.output=runs/<name>")
     accumulation(loop, ranks.world)
     start, complaints = _start(Path(loop.output), resume, ranks)
-    state = checkpoint.read_state(start) if start else checkpoint.State(0, ranks.world, flat(recipe))
+    fresh = _fresh(recipe, ranks, data)
+    state = checkpoint.read_state(start) if start else fresh
     if start:
-        checkpoint.agree(state, flat(recipe), ranks, start)
+        checkpoint.agree(state, fresh, loop, start)
     stream = make_stream(ranks.rank, ranks.world)  # before the networks: it fails sooner
     players = cast(recipe.players(), loop, ranks)
     averages = {n: [t.detach().clone() for t in r.masters()] if loop.ema else [] for n, r in players.trained.items()}
     if start:
         checkpoint.load(start, players, averages, ranks)
-    journal = _journal(recipe, state.step if start else None, ranks, players, [*complaints, *_greeting(start, state)])
-    progress = Progress(state.step, state.skipped, state.skipped_in_a_row)
-    return Run(recipe, players, averages, stream, journal, progress, ranks, sheet)
+    sentences = [*complaints, *_greeting(start, state, ranks)]
+    journal = _journal(recipe, state.step if start else None, ranks, players, sentences)
+    saved = state.step if start else -1
+    return Run(recipe, players, averages, stream, journal, _progress(state), ranks, sheet, data, saved)
+
+
+def _fresh(recipe: Recipe, ranks: Ranks, data: str) -> checkpoint.State:
+    """What a checkpoint at the first step would say."""
+    return checkpoint.State(0, ranks.world, flat(recipe), data, checkpoint.FORMAT)
+
+
+def _progress(state: checkpoint.State) -> Progress:
+    progress = Progress(state.step, state.skipped, state.skipped_in_a_row, spikes=state.spikes)
+    progress.recent |= {turn: list(losses) for turn, losses in state.recent.items()}
+    return progress
 
 
 def flat(config: object) -> dict[str, str]:
@@ -238,8 +280,13 @@ def _named_checkpoint(path: Path, ranks: Ranks) -> Path:
     return path
 
 
-def _greeting(start: Path | None, state: checkpoint.State) -> list[str]:
-    return [f"resuming from {start}, step {state.step}"] if start else []
+def _greeting(start: Path | None, state: checkpoint.State, ranks: Ranks) -> list[str]:
+    if not start:
+        return []
+    others = (
+        f", written by {state.world} ranks and shared out among {ranks.world}" if state.world != ranks.world else ""
+    )
+    return [f"resuming from {start}, step {state.step}{others}"]
 
 
 def _journal(recipe: Recipe, step: int | None, ranks: Ranks, players: Cast, sentences: list[str]) -> Journal:
