@@ -59,18 +59,20 @@ def train(args: argparse.Namespace) -> int:
     from v4e import config, dist, recipes
 
     recipe = config.load(args.config, args.overrides, recipes.pick)
+    from v4e.data.shards import ShardSet
     from v4e.data.stream import Stream
     from v4e.eval.contact import ContactSheet
     from v4e.train.run import train_recipe
 
     loop, ranks = recipe.loop, dist.start(recipe.loop.threads)
+    shards = ShardSet.open(loop.data, verify="sizes" if ranks.rank else "index")  # a key met twice stops the run at once
 
     def stream(rank: int, world: int) -> Stream:
         sizes = {"batch": loop.batch, "micro_batch": loop.micro_batch, "rank": rank, "world": world}
-        return Stream(loop.data, seed=loop.seed, cache=loop.cache_bytes, **sizes)
+        return Stream(shards, seed=loop.seed, cache=loop.cache_bytes, **sizes)
 
     sheet = ContactSheet(loop.validation, recipe.codec, ranks, shift=recipe.shift) if loop.validation else None
-    train_recipe(recipe, stream, sheet, resume=args.resume)
+    train_recipe(recipe, stream, sheet, resume=args.resume, data=shards.identity)
     return 0
 
 
