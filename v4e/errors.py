@@ -61,7 +61,7 @@ class TrainingError(V4EError):
     exit_code = 7
 
 
-class Preempted(V4EError):
+class PreemptedError(V4EError):
     """The run was asked to stop and has saved itself; the same command goes on from there."""
 
     exit_code = 75  # "try again" in sysexits.h

@@ -16,7 +16,7 @@ from torch import Tensor
 from v4e import dist
 from v4e.config import Loop, to_dict
 from v4e.dist import Ranks
-from v4e.errors import CheckpointError, ConfigError, Preempted
+from v4e.errors import CheckpointError, ConfigError, PreemptedError
 from v4e.journal import Bar, Journal
 from v4e.train import checkpoint
 from v4e.train.engines import Cast, accumulation, cast, export_weights
@@ -62,7 +62,7 @@ class Run:
         """Train to the end, then write the weights; or save and stop where a signal asks for it.
 
         Raises:
-            Preempted: it did.
+            PreemptedError: it did.
             TrainingError: see :func:`v4e.train.loop.train`.
         """
         with self.journal.bar("train", self.loop.steps, self.progress.step) as bar:
@@ -98,7 +98,7 @@ class Run:
     def _give_way(self, notice: Notice) -> None:
         if self.saved != self.progress.step:
             self.save()
-        raise Preempted(
+        raise PreemptedError(
             f"stopped by {notice.heard or 'the signal of another rank'}, saved",
             where=f"step {self.progress.step}",
             fix="the same command goes on from there",
@@ -186,7 +186,7 @@ def train_recipe(
         data: what changes when the stream's samples or their order do; a run goes on with the same alone.
 
     Raises:
-        ConfigError, CheckpointError, TrainingError, Preempted: see their classes.
+        ConfigError, CheckpointError, TrainingError, PreemptedError: see their classes.
     """
     ranks = dist.start(recipe.loop.threads)
     with Notice() as notice:
