@@ -4,15 +4,17 @@ Both are stock ``WanImageToVideoPipeline`` folders with a Backbone for a transfo
 and what they save, diffusers loads. Unlike the stock pipeline they take batches of *different* images.
 """
 
+import itertools
 import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, Unpack
 
 import torch
 from diffusers import ContextParallelConfig, UniPCMultistepScheduler, WanImageToVideoPipeline
+from diffusers.pipelines.wan.pipeline_wan_i2v import prompt_clean
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -23,12 +25,13 @@ from v4e.models.attention import Attention
 from v4e.models.codec import WanCodec
 from v4e.models.folder import locate
 from v4e.models.wan import WanBackbone, load_backbone
-from v4e.nouns import Clip, Conditions, Grid
+from v4e.nouns import TEXT_TOKENS, Clip, Conditions, Grid
 from v4e.verbs import Backbone
 
 CARD = "v4e.json"
 MODEL_INDEX = "model_index.json"
 CODEC_PARTS = ("vae", "text_encoder", "tokenizer", "image_encoder", "image_processor")
+MOST_SQUEEZED = 4.0  # a photograph's shape against the nearest trained one; beyond, little of it would be left
 STOCK_TRANSFORMER = ["diffusers", "WanTransformer3DModel"]
 Solver = Literal["unipc", "euler"]
 
@@ -164,14 +167,16 @@ def denoise(
     null: Conditions | None,
     guidance: Guidance,
     watch: Watch = lambda sigma, x_BCthw, v_BCthw: None,
+    steps: slice = slice(None),  # noqa: B008  immutable
 ) -> Tensor:
     """From noise to data [B, C, t, h, w], by a scheduler whose timesteps are set; the stock pipeline's loop.
 
     Args:
         null: the same conditions under the empty prompt; None where nothing is guided.
         watch: told the noise level, the state fed to the model and the guided velocity of every step.
+        steps: only these, where the way is gone in parts.
     """
-    for sigma, t in zip(scheduler.sigmas[:-1].tolist(), scheduler.timesteps, strict=True):
+    for sigma, t in [*zip(scheduler.sigmas[:-1].tolist(), scheduler.timesteps, strict=True)][steps]:
         v_BCthw = _guided(backbone, x_BCthw, fed_level(sigma, int(t)), conditions, null, guidance.at(sigma))
         watch(sigma, x_BCthw, v_BCthw)
         x_BCthw = scheduler.step(v_BCthw, t, x_BCthw, return_dict=False)[0]
@@ -195,6 +200,40 @@ def _guided(
     return flow.guide(v, backbone(x_BCthw, sigma_B, null)[0], scale)
 
 
+@torch.no_grad()
+def denoise_reasoning(
+    backbone: Backbone,
+    scheduler: UniPCMultistepScheduler,
+    x_BCthw: Tensor,
+    conditions: Conditions,
+    null: Conditions | None,
+    guidance: Guidance,
+    watch: Watch,
+    steps: int,
+) -> Tensor:
+    """:func:`denoise` a long clip for ``steps``, and from there on its first and last latent frame alone.
+
+    The frames between are where the model lays out how the edit comes about; once that is settled they only cost time
+    (ChronoEdit, arXiv 2510.04290). The solver's memory is cut as the state is.
+    """
+    x_BCthw = denoise(backbone, scheduler, x_BCthw, conditions, null, guidance, watch, slice(steps))
+    outputs, sample = scheduler.model_outputs, scheduler.last_sample
+    scheduler.model_outputs = [None if v is None else ends_of(v) for v in outputs]
+    scheduler.last_sample = None if sample is None else ends_of(sample)
+    ends, null_ends = _known_ends(conditions), None if null is None else _known_ends(null)
+    return denoise(backbone, scheduler, ends_of(x_BCthw), ends, null_ends, guidance, watch, slice(steps, None))
+
+
+def ends_of(x_BCthw: Tensor) -> Tensor:
+    """First and last latent frame [B, C, 2, h, w]."""
+    return x_BCthw[:, :, [0, -1]]
+
+
+def _known_ends(conditions: Conditions) -> Conditions:
+    known, mask = ends_of(conditions.known_BCthw), ends_of(conditions.known_mask_B4thw)
+    return replace(conditions, known_BCthw=known, known_mask_B4thw=mask)
+
+
 def noise_of(seeds: Sequence[int], *shape: int) -> Tensor:
     """Standard normal noise [B, *shape], fp32: each sample from its own CPU generator, as in the stock pipeline."""
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
@@ -210,10 +249,10 @@ class BatchCodec(WanCodec):
     whose last bits do not matter.
     """
 
-    @staticmethod
-    def over(codec: WanCodec) -> "BatchCodec":
+    @classmethod
+    def over(cls, codec: WanCodec):
         """The same codec, sharing its loaded parts."""
-        fast = BatchCodec(codec.source, codec.device, codec.dtype)
+        fast = cls(codec.source, codec.device, codec.dtype)
         vars(fast).update(vars(codec))
         return fast
 
@@ -315,6 +354,19 @@ def name_stock_classes(folder: Path) -> None:
     path.write_text(json.dumps(index | {"_class_name": "WanImageToVideoPipeline"}, indent=2) + "\n")
 
 
+class Asked(TypedDict, total=False):
+    """Keywords of an edit; :meth:`EditPipeline.__call__` says what they mean."""
+
+    seed: int
+    steps: int | None
+    guidance: float | None
+    frames: int | None
+    return_frames: bool
+    reasoning_frames: int
+    reasoning_steps: int
+    progress: Callable[[int], None]
+
+
 class EditPipeline(WanPipeline):
     """Edit images with a few-step student: a short clip whose last frame is kept."""
 
@@ -330,6 +382,9 @@ class EditPipeline(WanPipeline):
         guidance: float | None = None,
         frames: int | None = None,
         return_frames: bool = False,
+        reasoning_frames: int = 0,
+        reasoning_steps: int = 0,
+        progress: Callable[[int], None] = lambda done: None,
     ) -> Clip:
         """Edit one image; the model's card says what None means.
 
@@ -339,14 +394,30 @@ class EditPipeline(WanPipeline):
         Args:
             frames: clip length T.
             return_frames: all T frames instead of the last one.
+            reasoning_frames, reasoning_steps: imagine a clip of this length for the first so many steps, and go on
+                with its first and last latent frame alone (T = 5), as ChronoEdit does; 0 for off.
+            progress: told how many steps are done.
 
         Raises:
             ShapeError: the image's size does not divide into latent patches; ``edit_photo`` takes any size.
             DataError: the instruction is empty.
+            ConfigError: the reasoning asked for is half said.
         """
         clip = as_clip(image).frame(0)
-        z_BCthw = self.edit_latents([clip], [instruction], [seed], steps, guidance, frames)
-        return self.codec.decode(z_BCthw, None if return_frames else [-1])[0]
+        z_BCthw = self.edit_latents(
+            [clip],
+            [instruction],
+            [seed],
+            steps,
+            guidance,
+            frames,
+            reasoning_frames=reasoning_frames,
+            reasoning_steps=reasoning_steps,
+            progress=progress,
+        )
+        edited = self.codec.decode(z_BCthw, None if return_frames else [-1])[0]
+        self.maybe_free_model_hooks()  # where parts are offloaded
+        return edited
 
     def edit_batch(
         self,
@@ -388,16 +459,24 @@ class EditPipeline(WanPipeline):
         frames: int | None = None,
         *,
         fold: bool = False,
+        reasoning_frames: int = 0,
+        reasoning_steps: int = 0,
+        progress: Callable[[int], None] = lambda done: None,
     ) -> Tensor:
-        """The edits as latents [B, C, t, h, w]; see :meth:`edit_batch`."""
+        """The edits as latents [B, C, t, h, w]; see :meth:`edit_batch` and :meth:`__call__`."""
         _require_words(instructions)
-        grid = self.grid(frames or self.card.frames, images[0].size)
+        _require_reasoning(reasoning_frames, reasoning_steps, frames)
+        grid = self.grid(reasoning_frames or frames or self.card.frames, images[0].size)
         guide = Guidance(self.card.guidance if guidance is None else guidance)
         conditions = self._told_before(images, instructions, grid) if fold else self.told(images, instructions, grid)
         null = self.null_of(conditions) if guide.scale > 1 else None
         self.backbone.set_attention(self.attention, fold)
         self.scheduler.set_timesteps(steps or self.card.steps)
-        return denoise(self.backbone, self.scheduler, self._noise(seeds, grid), conditions, null, guide)
+        x_BCthw, watch = self._noise(seeds, grid), _counting(progress)
+        if reasoning_frames:
+            way = (self.backbone, self.scheduler, x_BCthw, conditions, null, guide, watch)
+            return denoise_reasoning(*way, reasoning_steps)
+        return denoise(self.backbone, self.scheduler, x_BCthw, conditions, null, guide, watch)
 
     def _told_before(self, images: Sequence[Clip], instructions: Sequence[str], grid: Grid) -> Conditions:
         """``told``, remembering the last batch: an evaluation asks for it at several step counts and seeds."""
@@ -406,24 +485,35 @@ class EditPipeline(WanPipeline):
             self._last_told = (key, self.told(images, instructions, grid, fast=True))
         return self._last_told[1]
 
-    def edit_photo(
-        self,
-        photo: Image.Image,
-        instruction: str,
-        *,
-        seed: int = 0,
-        steps: int | None = None,
-        guidance: float | None = None,
-    ) -> Image.Image:
+    def edit_photo(self, photo: Image.Image, instruction: str, **asked: Unpack[Asked]) -> Image.Image:
         """Edit a photograph of any size, turned as its EXIF says; the result has the photograph's size.
 
         The model works at the trained size of nearest shape, so fine detail is the model's own.
+
+        Raises:
+            DataError: the photograph is too long or too wide, or the model cannot read the instruction.
         """
-        upright = ImageOps.exif_transpose(photo).convert("RGB")
-        height, width = self.card.size_for(upright.height, upright.width)
-        small = upright.resize((width, height), Image.Resampling.LANCZOS)
-        edited = self(small, instruction, seed=seed, steps=steps, guidance=guidance)
-        return as_image(edited).resize(upright.size, Image.Resampling.LANCZOS)
+        upright = ImageOps.exif_transpose(photo)
+        return as_image(self.photo_clip(upright, instruction, **asked)).resize(upright.size, Image.Resampling.LANCZOS)
+
+    def photo_clip(self, photo: Image.Image, instruction: str, **asked: Unpack[Asked]) -> Clip:
+        """The clip of a photograph's edit, at the trained size of nearest shape; see :meth:`edit_photo`."""
+        height, width = self.card.size_for(photo.height, photo.width)
+        squeezed = photo.height * width / (photo.width * height)
+        if max(squeezed, 1 / squeezed) > MOST_SQUEEZED:
+            what = f"{photo.width} x {photo.height} pixels are too long a shape for a model of {width} x {height}"
+            raise DataError(what, fix="crop it first")
+        self._require_known_words(instruction)
+        return self(photo.convert("RGB").resize((width, height), Image.Resampling.LANCZOS), instruction, **asked)
+
+    def _require_known_words(self, instruction: str) -> None:
+        """What the text encoder would cut off, or not know a word of, is refused; batches leave that to their maker."""
+        tokens = self.tokenizer(prompt_clean(instruction)).input_ids
+        if len(tokens) > TEXT_TOKENS:
+            what = f"the instruction is {len(tokens)} tokens long, and the model reads {TEXT_TOKENS}"
+            raise DataError(what, fix="say it shorter")
+        if not set(tokens) - {*self.tokenizer.all_special_ids}:
+            raise DataError("the model knows no word of the instruction", fix='use words, such as "make it snow"')
 
 
 @dataclass(frozen=True)
@@ -533,7 +623,8 @@ class TeacherPipeline(WanPipeline):
         device = self._execution_device
         conditions = conditions.to(device)
         null = self.null_of(conditions, null_LE) if guidance.scale > 1 else None
-        return denoise(self.backbone, scheduler, noise_BCthw.to(device), conditions, null, guidance, watch)
+        with self.backbone.remembering():
+            return denoise(self.backbone, scheduler, noise_BCthw.to(device), conditions, null, guidance, watch)
 
 
 # -------------------------------------------------------------------------------------------------- images
@@ -551,6 +642,22 @@ def as_clip(image: Clip | Image.Image) -> Clip:
 def as_image(clip: Clip) -> Image.Image:
     """A clip's last frame as a picture."""
     return Image.fromarray(clip.frames_T3HW[-1].movedim(0, -1).contiguous().cpu().numpy())
+
+
+def _counting(progress: Callable[[int], None]) -> Watch:
+    """Tells how many steps were watched."""
+    done = itertools.count(1)
+    return lambda sigma, x_BCthw, v_BCthw: progress(next(done))
+
+
+def _require_reasoning(reasoning_frames: int, reasoning_steps: int, frames: int | None) -> None:
+    if (reasoning_frames > 0) != (reasoning_steps > 0):
+        raise ConfigError(
+            f"reasoning_frames={reasoning_frames} with reasoning_steps={reasoning_steps}",
+            fix="give both, such as 29 frames for 1 step, or neither",
+        )
+    if reasoning_frames and frames:
+        raise ConfigError("frames says nothing where reasoning_frames does", fix="leave frames out")
 
 
 def _require_words(instructions: Sequence[str]) -> None:

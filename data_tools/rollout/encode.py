@@ -17,7 +17,7 @@ from v4e.journal import progress
 from v4e.losses import change_map
 from v4e.models.codec import WanCodec
 from v4e.models.folder import locate
-from v4e.nouns import Clip, Encoded, Grid, Origin, Rollout, Sample
+from v4e.nouns import TEXT_TOKENS, Clip, Encoded, Grid, Origin, Rollout, Sample
 from v4e.pipelines import CODEC_PARTS, BatchCodec
 
 X = TypeVar("X")
@@ -43,6 +43,14 @@ class Grids(NamedTuple):
     teacher: Grid
 
 
+class RolloutCodec(BatchCodec):
+    """The batch codec, reading texts without the padding, which umT5 masks: the same but for rounding."""
+
+    def _read_one(self, text: str) -> Tensor:
+        tokens = self.tokenizer([text], max_length=TEXT_TOKENS, truncation=True, return_tensors="pt").to(self.device)
+        return self.text_encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state[0]
+
+
 class Encoder:
     """Makes samples as the DiTs see them; texts and images met before are remembered, for both repeat.
 
@@ -61,14 +69,15 @@ class Encoder:
     def __call__(self, items: Sequence[Evolving]) -> list[Encoded]:
         """Encode clips of the student's grid."""
         first, last = [i.clip.frame(0) for i in items], [i.clip.frame(-1) for i in items]
+        both_known = self._unless("first", self.codec.known, first, self.grids.teacher, last)
         columns = {
             "clip_Cthw": self.codec.encode([i.clip for i in items]),
-            "known_Cthw": self._unless("first_and_last", self.codec.known, first, self.grids.student),
+            "known_Cthw": self._unless("first_and_last", self._first_known, first, both_known),
             "text_LE": [self.read(i.instruction) for i in items],
             "null_LE": [self.read("")] * len(items),
             "vision_NV": self._look(first),
             "evolution_LE": [self.read(i.caption) for i in items],
-            "teacher_known_Cthw": self._unless("first", self.codec.known, first, self.grids.teacher, last),
+            "teacher_known_Cthw": both_known,
             "vision_last_NV": self._unless("first", self._look, last),
             "change_thw": [change_map(i.clip.frames_T3HW, self.grids.student) for i in items],
         }
@@ -77,6 +86,13 @@ class Encoder:
 
     def _unless(self, ends: Ends, make: Callable[..., Tensor], images: Sequence[Clip], *more) -> Tensor:
         return torch.zeros(len(images), 0) if self.ends == ends else make(images, *more)
+
+    def _first_known(self, first: Sequence[Clip], both_known_BCthw: Tensor) -> Tensor:
+        """The VAE is causal: a longer clip with the same first frame and grey after it begins with the same latents."""
+        t = self.grids.student.t
+        if t < self.grids.teacher.t and self.ends == "both":
+            return both_known_BCthw[:, :, :t]
+        return self.codec.known(first, self.grids.student)
 
     def _look(self, images: Sequence[Clip]) -> Tensor:
         """Vision tokens [B, N, V]; one photograph often has several edits."""

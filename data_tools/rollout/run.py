@@ -12,7 +12,7 @@ from PIL import Image
 from data_tools.ingest import Size, Triplet
 from data_tools.rollout.config import NO_TEACHER, TYPES, RolloutConfig
 from data_tools.rollout.plan import Plan
-from data_tools.rollout.spool import Made, Spool, Unit
+from data_tools.rollout.spool import Made, Spool
 from data_tools.rollout.work import Models, Worker
 from v4e import config as settings_of
 from v4e import dist
@@ -64,7 +64,9 @@ def by_size(triplets: Sequence[Triplet], config: RolloutConfig) -> dict[Size, li
 
 
 def _size_of(triplet: Triplet) -> Size:
-    """From the file's head alone."""
+    """Of its bucket, or else what the file's head says."""
+    if triplet.size:
+        return triplet.size
     with readable(f"{triplet.source}, key {triplet.id}"), Image.open(triplet.source) as picture:
         return picture.height, picture.width
 
@@ -137,9 +139,10 @@ class _Set:
         return found
 
     def _differences(self, unit: int) -> list[str]:
-        outcome = self._outcome(unit)
-        if outcome is None:
-            return ["its file is damaged"]
+        try:
+            outcome = self.spool.outcome(unit, [WORDS])
+        except DataError as error:
+            return [f"unit {unit} is damaged: {error}"]
         before = {m.key: m for m in outcome.made}
         tried = {r.key: r.inputs for r in outcome.rejects}
         now = {t.id: t for t in self.plan.unit(unit)}
@@ -147,17 +150,11 @@ class _Set:
         again = [f"{k}: was of no use, and has changed" for k, old in tried.items() if self._inputs(now[k]) != old]
         return [*filter(None, made), *again]
 
-    def _outcome(self, unit: int) -> Unit | None:
-        try:
-            return self.spool.outcome(unit)
-        except DataError:
-            return None
-
     def _inputs(self, triplet: Triplet) -> str:
         """Empty where the pictures cannot be read any more, which is no change."""
         try:
             return self.worker.inputs(triplet)
-        except OSError:
+        except DataError:
             return ""
 
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,10 +10,10 @@ from typing import NamedTuple
 import torch
 
 from data_tools.rollout.plan import MANIFEST, SHARDS_FROM, Claims, Plan
-from v4e.data.disk import agree, digest_of, readable, to_json, writable, write_atomically
-from v4e.data.members import WORDS
+from v4e.data.disk import TEMPORARY, agree, digest_of, hash_of, readable, to_json, writable, write_atomically
+from v4e.data.members import MEMBERS, WORDS
 from v4e.data.places import read_bytes
-from v4e.data.shards import SetMeta, ShardInfo, ShardSet, finish, index_path, write_shard
+from v4e.data.shards import Index, SetMeta, ShardInfo, ShardSet, finish, index_path, write_shard
 from v4e.errors import DataError
 
 UNITS, IDS = ".units", "triplets.json"
@@ -94,11 +93,11 @@ class Spool:
         return self._path(unit).exists() or self.is_packed(self.plan.shard_of(unit))
 
     def is_packed(self, shard: int) -> bool:
-        return index_path(self.tar(shard)).exists()
+        return index_path(self.tar(shard)).exists() and self.tar(shard).exists()
 
     def missing(self) -> list[int]:
         """Units that are not safe yet, from two listings."""
-        saved = set(os.listdir(self.folder / UNITS)) if (self.folder / UNITS).is_dir() else set()
+        saved = set(os.listdir(self.folder / UNITS))
         packed = self._packed()
         return [
             unit
@@ -108,16 +107,18 @@ class Spool:
             if self._path(unit).name not in saved
         ]
 
-    def outcome(self, unit: int) -> Unit:
-        """What became of a unit that is safe.
+    def outcome(self, unit: int, kinds: Sequence[str] = MEMBERS) -> Unit:
+        """What became of a unit that is safe; ``kinds`` are the members that are read of it, if it is packed.
 
         Raises:
             DataError: its bytes are damaged.
         """
-        if self.is_packed(self.plan.shard_of(unit)):
-            return self._from_shard(unit)
         path = self._path(unit)
-        return Unit.from_bytes(read_bytes(path), str(path))
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:  # it has been packed, perhaps just now
+            return self._from_shard(unit, kinds)
+        return Unit.from_bytes(content, str(path))
 
     def rejects(self) -> list[Reject]:
         """All triplets of the packed shards that could not be used."""
@@ -154,7 +155,7 @@ class Spool:
             others = [u for u in self.plan.units_of(shard) if u != unit]
             if self.is_packed(shard):
                 for other in others:
-                    write_atomically(self._path(other), self._from_shard(other).to_bytes())
+                    write_atomically(self._path(other), self._from_shard(other, MEMBERS).to_bytes())
                 index_path(self.tar(shard)).unlink()
                 self.tar(shard).unlink()
             self._path(unit).unlink(missing_ok=True)
@@ -164,9 +165,12 @@ class Spool:
         if len(self._packed()) < len(self.plan.shards):
             return False
         with self.claims.take(MANIFEST, wait=True), writable(self.folder):
-            if not (self.folder / "manifest.json").exists():
-                finish(self.folder)
-            shutil.rmtree(self.folder / UNITS, ignore_errors=True)
+            if not (self.folder / "manifest.json").exists() and len(finish(self.folder).shards) < len(self.plan.shards):
+                (self.folder / "manifest.json").unlink()
+                fix = "run v4e-shards verify with --repair, then this command again"
+                raise DataError("a shard is not whole", where=str(self.folder), fix=fix)
+            for path in (self.folder / UNITS).glob(f"{TEMPORARY}*"):  # of ranks that were killed
+                path.unlink(missing_ok=True)
         return True
 
     # Details -------------------------------------------------------------------------------------------------------
@@ -175,18 +179,18 @@ class Spool:
         return unit_path(self.folder, unit)
 
     def _packed(self) -> set[int]:
-        names = (name for name in os.listdir(self.folder) if name.endswith(".index.json") and name[:4] == "000-")
-        return {int(name[4:10]) for name in names}
+        names = set(os.listdir(self.folder))
+        return {shard for shard in self.plan.shards if {(tar := self.tar(shard)).name, index_path(tar).name} <= names}
 
-    def _from_shard(self, unit: int) -> Unit:
+    def _from_shard(self, unit: int, kinds: Sequence[str]) -> Unit:
         tar = self.tar(self.plan.shard_of(unit))
-        keys = {triplet.id for triplet in self.plan.unit(unit)}
-        shard = ShardSet(self.folder, self.meta, [ShardInfo(tar.name, 0, 0, "")])
-        rows = [row for row, key in enumerate(shard.keys) if key in keys]
-        made = []
-        for row in rows:
-            members = {kind: shard.raw(row, kind) or b"" for kind in shard.kinds(row)}
-            made.append(Made(shard.keys[row], json.loads(members[WORDS])["task"], members))
+        content = read_bytes(index_path(tar))
+        index = Index(index_path(tar), content)
+        shard = ShardSet(self.folder, self.meta, [ShardInfo(tar.name, len(index), index.bytes, hash_of(content))])
+        keys, made = {triplet.id for triplet in self.plan.unit(unit)}, []
+        for row in (row for row, key in enumerate(index.keys) if key in keys):
+            members = {kind: shard.raw(row, kind) or b"" for kind in index.members(row) if kind in kinds}
+            made.append(Made(index.keys[row], json.loads(members[WORDS])["task"], members))
         return Unit(made, [r for r in read_rejects(tar) if r.key in keys])
 
     def _write_rejects(self, shard: int, rejects: Sequence[Reject]) -> None:

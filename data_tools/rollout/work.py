@@ -9,17 +9,18 @@ import torch
 
 from data_tools.ingest import Size, Triplet
 from data_tools.rollout.config import NO_TEACHER, TYPES, RolloutConfig
-from data_tools.rollout.encode import TOOL, Encoder, Evolving, Grids, content_hash, padded, sample_of
+from data_tools.rollout.encode import TOOL, Encoder, Evolving, Grids, RolloutCodec, content_hash, padded, sample_of
 from data_tools.rollout.spool import Made, Reject, Unit
 from v4e import dist
 from v4e.data.collate import teacher_conditions
-from v4e.data.disk import digest_of, hash_of, to_json
+from v4e.data.disk import hash_of, to_json
 from v4e.data.members import pack
+from v4e.data.places import read_bytes
 from v4e.data.shards import FORMAT, SetMeta
 from v4e.errors import DataError
 from v4e.models.codec import WanCodec
 from v4e.nouns import Clip, Encoded, Origin, Rollout, Sample, seed_of
-from v4e.pipelines import CODEC_PARTS, BatchCodec, TeacherPipeline, Trajectory, noise_of
+from v4e.pipelines import CODEC_PARTS, TeacherPipeline, Trajectory, noise_of
 
 
 class Models:
@@ -47,9 +48,10 @@ class Models:
 
     @cached_property
     def codec(self) -> WanCodec:
-        """Reads its folder's configs alone until it is used."""
-        codec = WanCodec.load(self.source, self.device)
-        return codec if self.config.batch == 1 else BatchCodec.over(codec)
+        """The teacher's own parts, unless another folder is named."""
+        own = self.rolls and not self.config.codec
+        codec = self.teacher.codec if own else WanCodec.load(self.source, self.device)
+        return codec if self.config.batch == 1 else RolloutCodec.over(codec)
 
     def grids(self, size: Size) -> Grids:
         """Of a picture size.
@@ -57,7 +59,7 @@ class Models:
         Raises:
             ShapeError: sizes or frames that the models cannot make.
         """
-        student = self.codec.grid(self.config.student_frames, *size)
+        student = WanCodec.load(self.source).grid(self.config.student_frames, *size)  # which reads configs alone
         return Grids(student, student.with_frames(self.config.teacher_frames if self.rolls else student.T))
 
 
@@ -184,5 +186,5 @@ class _Pair:
 
 def _content(triplet: Triplet) -> list[str]:
     """A triplet by its content: words, and the bytes of its pictures."""
-    pictures = [digest_of(path.read_bytes()).hex() for path in (triplet.source, triplet.edited)]
-    return [triplet.id, triplet.instruction, triplet.evolution, triplet.task, *pictures]
+    pictures = [hash_of(read_bytes(path)) for path in (triplet.source, triplet.edited)]
+    return [triplet.id, triplet.instruction, triplet.evolution, triplet.task, triplet.writer, *pictures]

@@ -36,11 +36,20 @@ class Context(NamedTuple):
         tokens_BLD: vision tokens, then text tokens.
         image_tokens: how many of them are vision tokens.
         bias_B11L: added to the text logits, fp32; None for none.
+        memory: each attention's keys and values of these tokens, where they are met again; None to forget.
     """
 
     tokens_BLD: Tensor
     image_tokens: int
     bias_B11L: Tensor | None = None
+    memory: dict[WanAttention, "Projected"] | None = None
+
+
+class Projected(NamedTuple):
+    """Keys and values [B, L, H, d] of a context's text, and those of its images if there are any."""
+
+    text: tuple[Tensor, Tensor]
+    images: tuple[Tensor, Tensor] | None
 
 
 def fold_padding(text_BLE: Tensor, words_B: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,17 +94,13 @@ class Processor:
         rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         context = _unpack(encoder_hidden_states, hidden_states)
-        image_BND, text_BLD = context.tokens_BLD.tensor_split([context.image_tokens], dim=1)
         q = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
-        k = attn.norm_k(attn.to_k(text_BLD)).unflatten(2, (attn.heads, -1))
-        v = attn.to_v(text_BLD).unflatten(2, (attn.heads, -1))
+        (k, v), images = _project(attn, context)
         if rotary_emb is not None:
             q, k = rotate(q, *rotary_emb), rotate(k, *rotary_emb)
         out = self._attend(q, k, v, context.bias_B11L)
-        if context.image_tokens:
-            assert attn.add_k_proj is not None and attn.add_v_proj is not None
-            k = attn.norm_added_k(attn.add_k_proj(image_BND)).unflatten(2, (attn.heads, -1))
-            out = out + self._attend(q, k, attn.add_v_proj(image_BND).unflatten(2, (attn.heads, -1)))
+        if images is not None:
+            out = out + self._attend(q, *images)
         return attn.to_out[1](attn.to_out[0](out))
 
     def _attend(self, q_BSHd: Tensor, k_BLHd: Tensor, v_BLHd: Tensor, bias_B11L: Tensor | None = None) -> Tensor:
@@ -122,6 +127,23 @@ def _unpack(context: Tensor | Context | None, own_tokens_BSD: Tensor) -> Context
     if context is None:
         return Context(own_tokens_BSD, 0)
     return Context(context, context.shape[1] - TEXT_TOKENS)
+
+
+def _project(attn: WanAttention, context: Context) -> Projected:
+    """Keys and values, computed once where the context has a memory."""
+    memory = {} if context.memory is None else context.memory
+    if attn not in memory:
+        image_BND, text_BLD = context.tokens_BLD.tensor_split([context.image_tokens], dim=1)
+        text, images = _by_heads(attn, attn.norm_k(attn.to_k(text_BLD)), attn.to_v(text_BLD)), None
+        if context.image_tokens:
+            assert attn.add_k_proj is not None and attn.add_v_proj is not None
+            images = _by_heads(attn, attn.norm_added_k(attn.add_k_proj(image_BND)), attn.add_v_proj(image_BND))
+        memory[attn] = Projected(text, images)
+    return memory[attn]
+
+
+def _by_heads(attn: WanAttention, k_BLD: Tensor, v_BLD: Tensor) -> tuple[Tensor, Tensor]:
+    return k_BLD.unflatten(2, (attn.heads, -1)), v_BLD.unflatten(2, (attn.heads, -1))
 
 
 def install(model: WanTransformer3DModel, backend: Attention, fold_text_padding: bool) -> None:

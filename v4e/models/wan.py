@@ -5,6 +5,7 @@ N vision tokens, V vision width.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar
 
@@ -34,6 +35,16 @@ class WanBackbone(WanTransformer3DModel):
     """
 
     _fold_text_padding = False
+    _memory: dict[int, tuple[Conditions, Tensor | Context]] | None = None
+
+    @contextmanager
+    def remembering(self) -> Iterator[None]:
+        """Within, what is known is embedded once for each conditions object; a solver meets it at every step."""
+        self._memory = {}
+        try:
+            yield
+        finally:
+            self._memory = None
 
     def forward(
         self, x_BCthw: Tensor, sigma_B: Tensor, conditions: Conditions, taps: tuple[int, ...] = ()
@@ -65,19 +76,33 @@ class WanBackbone(WanTransformer3DModel):
         self, sigma_B: Tensor, conditions: Conditions, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor, Tensor | Context]:
         """Time embedding [B, D], its modulation [B, 6, D], and what cross-attention attends to."""
+        known = None if self._memory is None else self._memory.get(id(conditions))
         text_BLE, bias_B11L = conditions.text_BLE.to(dtype), None
-        if self._fold_text_padding:
+        if known is not None:
+            text_BLE = text_BLE[:, :0]
+        elif self._fold_text_padding:
             text_BLE, bias_B11L = fold_padding(text_BLE, conditions.words_B)
         else:
             text_BLE = pad_words(text_BLE, TEXT_TOKENS)
         temb_BD, modulation_BD, text_BLD, vision_BND = self.condition_embedder(
-            flow.timestep(sigma_B), text_BLE, self._vision(conditions, dtype)
+            flow.timestep(sigma_B), text_BLE, None if known else self._vision(conditions, dtype)
         )
-        tokens_BLD = text_BLD if vision_BND is None else torch.cat([vision_BND, text_BLD], dim=1)
-        context = (
-            tokens_BLD if bias_B11L is None else Context(tokens_BLD, tokens_BLD.shape[1] - text_BLD.shape[1], bias_B11L)
-        )
+        context = known[1] if known else self._context(conditions, text_BLD, vision_BND, bias_B11L)
         return temb_BD, modulation_BD.unflatten(1, (6, -1)), context
+
+    def _context(
+        self, conditions: Conditions, text_BLD: Tensor, vision_BND: Tensor | None, bias_B11L: Tensor | None
+    ) -> Tensor | Context:
+        """Vision tokens, then text tokens; with their bias where they are folded."""
+        tokens_BLD = text_BLD if vision_BND is None else torch.cat([vision_BND, text_BLD], dim=1)
+        if bias_B11L is None:
+            context = tokens_BLD
+        else:
+            images = tokens_BLD.shape[1] - text_BLD.shape[1]
+            context = Context(tokens_BLD, images, bias_B11L, None if self._memory is None else {})
+        if self._memory is not None:
+            self._memory[id(conditions)] = conditions, context  # held, so that its id is not given to another
+        return context
 
     def _vision(self, conditions: Conditions, dtype: torch.dtype) -> Tensor | None:
         """Vision tokens, of one image per sample or, with positions (FLF2V), of two; None if the model is blind."""
