@@ -23,7 +23,7 @@ from xxhash import xxh3_128_digest
 
 from v4e.data.disk import TEMPORARY, digest_of, hash_of, readable
 from v4e.data.index import Member
-from v4e.data.members import MEMBERS, PICTURES, WORDS, declared, refuse_nonfinite, unpack
+from v4e.data.members import PICTURES, WORDS, declared, refuse_nonfinite, unpack
 from v4e.data.places import Place, exists, listable, place, read_bytes, read_range, sizes
 from v4e.data.shards import (
     BLOCK,
@@ -202,24 +202,9 @@ def read_index(tar: Place, shard: ShardInfo) -> Index:
     path = index_path(tar)
     if hash_of(content := read_bytes(path)) != shard.index:
         raise DataError("the index is not the one the manifest names", where=str(path))
-    with _blaming(content, str(path)):
-        if len(index := Index(path, content)) != shard.samples:
-            raise DataError(f"does not hold {shard.samples} samples", where=str(path))
-        return index
-
-
-@contextmanager
-def _blaming(index: bytes, where: str) -> Iterator[None]:
-    """Say which sample an index cannot be read for, where it names a member that no sample has."""
-    try:
-        yield
-    except DataError as error:
-        with readable(where):
-            strange = [f"key {key}, member {m!r}" for key, row in json.loads(index)["samples"] for m in row]
-            strange = [words for words in strange if not words.endswith(tuple(f"'{kind}'" for kind in MEMBERS))]
-        if strange:
-            raise DataError("not one of a sample's members", where=f"{where}, {strange[0]}") from error
-        raise
+    if len(index := Index(path, content)) != shard.samples:
+        raise DataError(f"does not hold {shard.samples} samples", where=str(path))
+    return index
 
 
 def _check_size(path: Place, shard: ShardInfo, there: Mapping[str, int]) -> None:
