@@ -27,4 +27,5 @@ ranks="${ranks:-$(( gpus > 0 ? gpus : 1 ))}"
 port=$(( 20000 + RANDOM % 20000 ))  # two runs on one machine must not meet
 command=(deepspeed --num_gpus "$ranks" --master_port "$port" --no_local_rank --module v4e.cli train "$@")
 if [[ -n "$dry" ]]; then printf '%q ' "${command[@]}"; echo; exit; fi
+trap '' USR1  # it asks the ranks to save and stop; the launchers above them would die of it
 exec "${command[@]}"
