@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_shards import META, ShardSet, ShardWriter, flip, write
 
+from data_tools.bench import reading
 from v4e.data.shards import Index, index_path
 from v4e.data.stream import Slice, Stream, slice_positions
 from v4e.errors import ConfigError, DataError
@@ -77,6 +78,41 @@ def keys_and_weights(slices: list[Slice]) -> list[tuple[list[str], tuple[float, 
 def test_sizes_that_do_not_divide_are_refused(shards, batch, micro, world):
     with pytest.raises(ConfigError, match=f"batch = {batch} is no multiple of {world} ranks . micro_batch = {micro}"):
         Stream(shards, seed=0, batch=batch, micro_batch=micro, world=world)
+
+
+def test_opening_reads_no_index_and_few_are_kept(shards, monkeypatch):
+    read: Counter[str] = Counter()
+    monkeypatch.setattr("v4e.data.shards.Index", lambda path, content: read.update([path.name]) or Index(path, content))
+    monkeypatch.setattr("v4e.data.shards.INDEXED", 4)
+    stream = Stream(shards.folder, seed=0, batch=1, micro_batch=1)
+    assert len(stream.set) == N and not read
+    assert stream.set.name(9) == "s0009" and stream.set.name(8) == "s0008" and read == {"000-000002.index.json": 1}
+
+
+def test_a_damaged_index_costs_its_own_shard_alone(tmp_path):
+    write(tmp_path, n=8, per_shard=4)
+    flip(tmp_path / "000-000001.index.json", 60)
+    stream = Stream(tmp_path, seed=0, batch=8, micro_batch=8)
+    (piece,) = stream.step(0)
+    assert sum(piece.weights) == 4
+    assert stream.quarantined.keys() == {f"000-000001-row-{row}" for row in range(4)}
+    assert "000-000001.index.json: the index is not the one" in stream.quarantined["000-000001-row-2"]
+
+
+@pytest.mark.slow
+def test_a_million_samples_open_at_once_and_take_no_room():
+    found = reading.scale() | reading.memory((1000, 100_000))
+    print(found)
+    assert found["open_s"] < 2 and found["seek_us"] < 100 and found["permute_s"] < 1
+    assert found["read_peak_mb_100000"] < 1.1 * found["read_peak_mb_1000"]
+
+
+@pytest.mark.slow
+def test_batches_are_read_nearly_as_fast_as_bytes():
+    """The bar is 0.8 (`data_tools/bench/reading.py`); a machine that does other work may halve it."""
+    found = reading.measure(samples=1000)
+    print(found)
+    assert found["read_ratio"] > 0.4
 
 
 def test_ranks_and_empty_sets(shards, tmp_path):

@@ -602,10 +602,11 @@ def check_sizes(folder: Place, shards: Iterable[ShardInfo]) -> None:
     """Each tar is there, of the size in the manifest, and has an index: from one listing. DataError naming the file."""
     there = sizes(folder)
     for shard in shards:
-        path = folder / shard.name
-        if shard.name not in there:
-            raise DataError("the shard is missing", where=str(path), fix=REDO)
-        if (size := there[shard.name]) != shard.bytes:
-            raise DataError(f"the shard is cut short: {size} bytes of {shard.bytes}", where=str(path), fix=REDO)
-        if (index := index_path(Path(shard.name)).name) not in there:
+        size, index = there.get(shard.name), f"{shard.name.removesuffix('.tar')}.index.json"
+        if size is None:
+            raise DataError("the shard is missing", where=str(folder / shard.name), fix=REDO)
+        if size != shard.bytes:
+            what = f"the shard is cut short: {size} bytes of {shard.bytes}"
+            raise DataError(what, where=str(folder / shard.name), fix=REDO)
+        if index not in there:
             raise DataError("cannot be read: the index is missing", where=str(folder / index), fix=REDO)

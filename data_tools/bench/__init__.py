@@ -1,0 +1,1 @@
+"""Benchmarks, side by side on one machine: `make bench`."""

@@ -1,0 +1,203 @@
+"""Shards into training batches, against reading the same bytes in a row and parsing the same tensors; and their scale.
+
+Both sides start with no byte in the page cache, as a set larger than memory does; the warm ratio is told beside it.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from statistics import median
+
+import torch
+from safetensors.torch import load
+from xxhash import xxh3_128_hexdigest
+
+from v4e.data.collate import collate
+from v4e.data.disk import hash_of, to_json
+from v4e.data.members import TENSORS, pack
+from v4e.data.shards import FORMAT, SetMeta, ShardInfo, ShardSet, ShardWriter, index_path
+from v4e.data.stream import Stream
+from v4e.nouns import Encoded, Grid, Rollout, Sample
+
+STUDENT, TEACHER = Grid(5, 64, 64, (4, 4, 4)), Grid(9, 64, 64, (4, 4, 4))
+META = SetMeta("rollout", STUDENT, TEACHER)
+C, K, E, V = 16, 8, 128, 128  # latent channels, kept states, widths of text and vision: wan-nano's
+FORMS = (1000, 10_000, 100_000)  # numbers of samples for which memory is measured
+DIFFERENT = 32  # samples of random numbers; they are written again and again
+BATCH, MICRO = 64, 8
+
+
+def measure(samples: int = 2000, rounds: int = 3) -> dict[str, float]:
+    """``read_ratio`` and what it is made of, the rates in MB a second.
+
+    Args:
+        rounds: both sides alternate so many times; medians count.
+    """
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        shards = fixture(Path(folder) / "set", samples)
+        size = sum(s.bytes for s in shards.shards) / 1e6
+        cold, warm = (_alternate(shards, rounds, drop) for drop in (True, False))
+    return {
+        "read_ratio": round(cold[0] / cold[1], 3),
+        "read_ratio_warm": round(warm[0] / warm[1], 3),
+        "read_batches_mb_s": round(size / cold[1], 1),
+        "read_raw_mb_s": round(size / cold[0], 1),
+    }
+
+
+def fixture(folder: Path, samples: int) -> ShardSet:
+    """A set of samples as large as those of wan-nano's roll-outs."""
+    members = [pack(_sample(n)) for n in range(DIFFERENT)]
+    with ShardWriter(folder, META, samples_per_shard=100) as writer:
+        for n in range(samples):
+            writer.add_packed(f"s{n:06d}", "add", members[n % DIFFERENT])
+    return ShardSet.open(folder)
+
+
+def read_in_a_row(shards: ShardSet) -> None:
+    """What no reader can be without: every byte from the disk, and the library's parser."""
+    for shard, index in zip(shards.shards, shards.indexes, strict=True):
+        with open(shards.folder / shard.name, "rb", buffering=1 << 20) as file:
+            for row in range(len(index)):
+                for kind, member in index.members(row).items():
+                    file.seek(member.offset)
+                    content = file.read(member.size)
+                    if kind in TENSORS:
+                        load(content)
+
+
+def read_batches(shards: ShardSet) -> None:
+    """An epoch as training takes it."""
+    stream = Stream(shards, seed=0, batch=BATCH, micro_batch=MICRO)
+    for step in range(len(shards) // BATCH):
+        for piece in stream.step(step):
+            collate(piece.samples, piece.weights, rollout=True)
+    stream.close()
+
+
+def _alternate(shards: ShardSet, rounds: int, cold: bool) -> tuple[float, float]:
+    """Median seconds of reading in a row, and of reading batches."""
+    times = [[_timed(work, shards, cold) for work in (read_in_a_row, read_batches)] for _ in range(rounds)]
+    return median(t[0] for t in times), median(t[1] for t in times)
+
+
+def _timed(work: Callable[[ShardSet], None], shards: ShardSet, cold: bool) -> float:
+    for path in Path(str(shards.folder)).iterdir() if cold else ():
+        _forget(path)
+    again = ShardSet.open(shards.folder)
+    began = time.perf_counter()
+    work(again)
+    return time.perf_counter() - began
+
+
+def _forget(path: Path) -> None:
+    """Out of the page cache."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(handle)
+
+
+def _sample(n: int) -> Sample:
+    draw = torch.Generator().manual_seed(n)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=draw)
+
+    t, h, w = STUDENT.t, STUDENT.h, STUDENT.w
+    encoded = Encoded(
+        clip_Cthw=random(C, t, h, w),
+        known_Cthw=random(C, t, h, w),
+        text_LE=random(8 + n % 5, E),
+        null_LE=random(1, E),
+        vision_NV=random(17, V),
+        evolution_LE=random(30 + n % 9, E),
+        teacher_known_Cthw=random(C, TEACHER.t, h, w),
+        vision_last_NV=random(17, V),
+        change_thw=random(t, h, w).sigmoid(),
+    )
+    path = [random(K, C, frames, h, w) for frames in (t, t, TEACHER.t)]
+    return Sample(
+        f"s{n}",
+        "add a boat",
+        "a boat appears",
+        None,
+        None,
+        encoded,
+        Rollout(torch.linspace(1, 0.1, K), *path, random(C, t, h, w)),
+    )
+
+
+# ------------------------------------------------------------------------------------------------------- scale
+
+
+def scale(samples: int = 1_000_000, shards: int = 10_000, seeks: int = 2000) -> dict[str, float]:
+    """``open_s`` of a set so large, ``permute_s`` for an epoch's order, and ``seek_us`` to any of its positions.
+
+    In seconds of this process, which other work on the machine disturbs less than a clock on the wall.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        forge(Path(folder), samples, shards)
+        began = time.process_time()
+        stream = Stream(folder, seed=0, batch=1, micro_batch=1)
+        opened = time.process_time()
+        stream.index_of(0)
+        permuted = time.process_time()
+        for n in range(seeks):
+            stream.set.locate(stream.index_of(n * 7919 % samples))
+        found = time.process_time()
+    return {
+        "open_s": round(opened - began, 3),
+        "permute_s": round(permuted - opened, 3),
+        "seek_us": round((found - permuted) / seeks * 1e6, 2),
+    }
+
+
+def memory(forms: Sequence[int] = FORMS) -> dict[str, float]:
+    """Peak MB of a process that opens a set of so many samples and looks up the keys of an epoch's first thousand."""
+    return {f"read_peak_mb_{samples}": _peak(samples) for samples in forms}
+
+
+def forge(folder: Path, samples: int, shards: int) -> None:
+    """A set whose samples are a word each: its tars are holes, its indexes and its manifest are real."""
+    each, word = samples // shards, b"{}"
+    strong, quick = hash_of(word), xxh3_128_hexdigest(word)
+    infos = []
+    for shard in range(shards):
+        rows = ",".join(f'["s{shard * each + n}",{{"json":[{1024 * n + 512},2,"{strong}"]}}]' for n in range(each))
+        quicks = ",".join([f'"{quick}"'] * each)
+        index = f'{{"format":{FORMAT},"bytes":{1024 * each},"samples":[{rows}],"quick":[{quicks}]}}'.encode()
+        tar = folder / f"000-{shard:06d}.tar"
+        tar.touch()
+        os.truncate(tar, 1024 * each)
+        index_path(tar).write_bytes(index)
+        infos.append(asdict(ShardInfo(tar.name, each, 1024 * each, hash_of(index))))
+    manifest = {"format": FORMAT, **META.to_dict(), "samples": samples, "shards": infos}
+    (folder / "manifest.json").write_bytes(to_json(manifest, indent=1))
+
+
+def _peak(samples: int) -> float:
+    with tempfile.TemporaryDirectory() as folder:
+        forge(Path(folder), samples, samples // 100)
+        command = [sys.executable, "-c", _READ, folder]
+        return round(int(subprocess.run(command, check=True, capture_output=True, text=True).stdout) / 1024, 1)
+
+
+_READ = """
+import resource, sys
+from v4e.data.stream import Stream
+stream = Stream(sys.argv[1], seed=0, batch=1, micro_batch=1)
+for n in range(1000):
+    stream.set.name(stream.index_of(n))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+if __name__ == "__main__":
+    print(measure() | scale() | memory())
