@@ -96,6 +96,16 @@ def test_teacher_equals_stock_diffusers_with_its_own_scheduler(teacher):
     assert torch.equal(clips[0].frames_T3HW, frames)
 
 
+def test_a_rollout_at_the_schedulers_own_levels_equals_stock_diffusers(teacher):
+    first, last, text = picture(1), picture(2), "the sky turn red"
+    latents = stock_call(stock("flf2v"), first, text, 3, frames=9, steps=5, guidance=2.0, last=last, kind="latent")
+    grid = teacher.grid(9, (SIZE, SIZE))
+    told = teacher.told([as_clip(first)], [text], grid, [as_clip(last)])
+    teacher.scheduler.set_timesteps(5)
+    noise, levels = noise_of([3], C, grid.t, grid.h, grid.w), teacher.scheduler.sigmas.clone()
+    assert torch.equal(teacher.rollout(noise, told, levels, guidance=Guidance(2.0)).end_BCthw[0], latents)
+
+
 def test_a_batch_of_different_images_equals_one_by_one(editor, teacher):
     images, texts = [as_clip(picture(i)) for i in range(3)], ["add a dog", "make night", "replace the car with a cat"]
     batch = editor.edit_latents(images, texts, [5, 6, 7], 4, 2.0, 5)

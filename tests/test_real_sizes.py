@@ -1,5 +1,6 @@
 """The published models at their real size, on the meta device: the numbers of docs/loading.md are those of the code."""
 
+import functools
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -90,6 +91,7 @@ EXPECTED = {
 each = pytest.mark.parametrize("released", ROWS, ids=lambda released: released.name)
 
 
+@functools.cache
 def built(released: Released) -> WanTransformer3DModel:
     with torch.device("meta"):
         return fresh(diffusers_config(released.authors), seed=0).build()

@@ -6,14 +6,17 @@ from dataclasses import replace
 import pytest
 import torch
 from builders import TEXT_WIDTH, VISION_TOKENS, VISION_WIDTH, WAN, C, shared_wan_folder, wan_folder
+from deepspeed.utils import safe_get_full_grad
 from diffusers import WanImageToVideoPipeline, WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 
-from v4e import flow
+from v4e import dist, flow
+from v4e.config import Loop
 from v4e.errors import CheckpointError, ConfigError, ShapeError
 from v4e.models import attention
 from v4e.models.wan import WanBackbone, declare, fresh, load_backbone
-from v4e.nouns import TEXT_TOKENS, Conditions, Grid, known_mask_4thw, pad_words
+from v4e.nouns import TEXT_TOKENS, Conditions, Grid, Player, known_mask_4thw, pad_words
+from v4e.train.engines import cast
 
 GRID = Grid(9, 32, 48)
 KINDS = ("i2v", "flf2v")
@@ -194,6 +197,32 @@ def test_backends_without_a_gpu(caplog):
     assert [r.getMessage() for r in caplog.records] == [
         "attention=auto uses native (xformers: it has no operator without CUDA)"
     ]
+
+
+# In a ZeRO-3 engine -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_under_zero_3_velocity_gradients_and_tables_are_stocks_bitwise(kind, precision, recompute):
+    """Built inside zero.Init and filled tensor by tensor: partitions, hooks and bf16 change no bit."""
+    declared = declare(shared_wan_folder(kind), attention="native", checkpointing=recompute)
+    loop = Loop(precision=precision, batch=1, micro_batch=1)
+    engine = cast([Player("wan", *declared, trains=True, zero_stage=3)], loop, dist.start(1))["wan"]
+    _, stock = models(kind, torch.bfloat16 if precision == "bf16" else torch.float32)
+    for name in ("freqs_cos", "freqs_sin"):
+        assert torch.equal(getattr(engine.module.rope, name), getattr(stock.rope, name))
+    x, c = state(2), conditions(kind, 2)
+    v, expected = engine(x, SIGMAS[:2], c)[0], stock_forward(stock, x, SIGMAS[:2], c)
+    assert v.dtype == expected.dtype and torch.equal(v, expected)
+    theirs = gradients(stock, expected)
+    engine.backward(v.float().square().mean())
+    found = {name: safe_get_full_grad(p) for name, p in engine.module.named_parameters()}
+    assert all(torch.equal(g, theirs[name].float()) for name, g in found.items())
+    one, told = state(1), conditions(kind, 1)
+    with torch.no_grad():
+        assert torch.equal(engine(one, SIGMAS[:1], told)[0], stock_forward(stock, one, SIGMAS[:1], told))
 
 
 # Weights ------------------------------------------------------------------------------------------------------------
