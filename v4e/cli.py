@@ -1,4 +1,4 @@
-"""The door: `v4e demo | train | edit | eval | export | ablate | doctor`, and `python -m v4e.cli` for launchers.
+"""The door: `v4e demo | train | edit | eval | export | ablate | plan | doctor`, and `python -m v4e.cli` for launchers.
 
 Rooms are imported when a verb needs them, so that `v4e --help` and a mistyped path answer at once.
 """
@@ -6,12 +6,9 @@ Rooms are imported when a verb needs them, so that `v4e --help` and a mistyped p
 import argparse
 import sys
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 
 from v4e.errors import ConfigError, DataError, V4EError
-
-PACKAGES = ("torch", "deepspeed", "diffusers", "transformers", "xformers", "peft", "wandb", "webdataset")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,7 +29,7 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="v4e", description="Video models as few-step image editors.")
     top.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # launchers put it before the verb
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for add in (_add_demo, _add_train, _add_edit, _add_eval, _add_export, _add_ablate, _add_doctor):
+    for add in (_add_demo, _add_train, _add_edit, _add_eval, _add_export, _add_ablate, _add_plan, _add_doctor):
         add(verbs)
     return top
 
@@ -104,15 +101,28 @@ def export(args: argparse.Namespace) -> int:
     return 0
 
 
-def doctor(args: argparse.Namespace) -> int:
-    """What is installed here, for a bug report."""
-    import torch
+def plan(args: argparse.Namespace) -> int:
+    """What a training would need; 1 where it does not fit."""
+    from v4e import config, recipes
+    from v4e.plan import GB, Machine, clips, page, planned
 
-    print(f"Python {sys.version.split()[0]}, {torch.get_num_threads()} threads")
-    print("\n".join(f"{name} {_version(name)}" for name in ("v4e", *PACKAGES)))
-    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    print("\n".join(devices) or "no GPU: everything runs on the CPU, xformers is not used")
-    return 0
+    recipe = config.load(args.config, args.overrides, recipes.pick)
+    machine = Machine(
+        args.gpus, args.gpu_memory * GB, args.tflops * 1e12, args.utilisation, args.bandwidth * GB, not args.cpu
+    )
+    data = clips(recipe.loop, args.height, args.width, args.frames, args.teacher_frames, args.samples)
+    answer, remedy = planned(recipe, machine, data)
+    print(page(answer, remedy, data, recipe.loop.steps))
+    return 0 if answer.fits else 1
+
+
+def doctor(args: argparse.Namespace) -> int:
+    """What this machine has and lacks; 1 where something is broken."""
+    from v4e.doctor import examine, exit_code, report
+
+    findings = examine(Path(args.output))
+    print(report(findings))
+    return exit_code(findings)
 
 
 # ----------------------------------------------------------------------------------------------- arguments
@@ -166,8 +176,27 @@ def _add_ablate(verbs) -> None:
     verb.set_defaults(run=ablate)
 
 
+def _add_plan(verbs) -> None:
+    verb = verbs.add_parser("plan", help="memory, time and storage of a training before it is begun; code 1: no room")
+    verb.add_argument("config", help="YAML file such as configs/video4edit.yaml")
+    verb.add_argument("--gpus", type=_positive, default=8, help="ranks, one on each accelerator; 8 by default")
+    verb.add_argument("--gpu-memory", type=float, default=80, help="of each, in GB of 10^9 bytes; 80 by default")
+    verb.add_argument("--tflops", type=float, default=989, help="dense bf16 peak of each; an H100's by default")
+    verb.add_argument("--utilisation", type=float, default=0.25, help="share of the peak that is assumed")
+    verb.add_argument("--bandwidth", type=float, default=50, help="GB/s each is assumed to receive from the others")
+    verb.add_argument("--cpu", action="store_true", help="ranks on CPUs, whose optimisers make temporaries")
+    verb.add_argument("--height", type=_positive, default=720, help="of the clips, unless loop.data is there to say")
+    verb.add_argument("--width", type=_positive, default=1280)
+    verb.add_argument("--frames", type=_positive, default=5, help="of the student's clip")
+    verb.add_argument("--teacher-frames", type=_positive, default=81)
+    verb.add_argument("--samples", type=_positive, default=10_000)
+    _add_overrides(verb, "loop.micro_batch=1 loop.checkpointing=true")
+    verb.set_defaults(run=plan)
+
+
 def _add_doctor(verbs) -> None:
-    verb = verbs.add_parser("doctor", help="versions and devices, for a bug report")
+    verb = verbs.add_parser("doctor", help="what this machine has and lacks, and the fix for each; code 1: broken")
+    verb.add_argument("--output", default=".", help="folder whose disk a run would be written to")
     verb.set_defaults(run=doctor)
 
 
@@ -230,13 +259,6 @@ def _device() -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
 
 
 if __name__ == "__main__":

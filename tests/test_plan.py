@@ -1,0 +1,193 @@
+"""A plan's formulas, held against numbers worked out by hand and against what autograd really keeps."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from builders import shared_wan_folder
+
+from v4e import cli, config, plan
+from v4e.config import Loop
+from v4e.models.wan import _construct, _skeleton
+from v4e.nouns import Grid
+from v4e.plan import Census, Data, Machine, Shape
+from v4e.recipes import pick
+
+ROOT = Path(__file__).parents[1]
+SHAPE = Shape(width=10, ffn=30, layers=2, images=1)
+PLAYER = Census("student", 3, trained=1000, frozen=0, whole=100, hidden=600, shape=SHAPE)
+CLIPS = Data(Grid(5, 720, 1280), Grid(81, 720, 1280), 100)
+BIG = 16_394_878_784  # parameters of I2V-14B, counted in tests/test_real_sizes.py
+
+
+def test_state_under_zero_3():
+    """bf16 on 4 ranks: weights 2 (900/4 + 200), gradients 2/4, masters 4/4, Adam 8/4, averages 4/4 of a thousand."""
+    assert plan.state(PLAYER, 2, 4, "adamw", True) == {
+        "weights": 850, "gradients": 500, "masters": 1000, "optimiser": 2000, "EMA": 1000
+    }  # fmt: skip
+
+
+def test_stages_cut_one_thing_more_each():
+    def sizes(stage):
+        return [*plan.state(replace(PLAYER, stage=stage), 2, 4, "adamw", False).values()]
+
+    assert sizes(0) == [2000, 2000, 4000, 8000, 0]
+    assert sizes(1) == [2000, 2000, 1000, 2000, 0]
+    assert sizes(2) == [2000, 500, 1000, 2000, 0]
+
+
+def test_in_fp32_the_weights_are_the_masters_unless_stage_1_or_2_copies_them():
+    assert [plan.state(replace(PLAYER, stage=s), 4, 4, "adamw", False)["masters"] for s in range(4)] == [
+        0,
+        1000,
+        1000,
+        0,
+    ]
+
+
+def test_muon_keeps_one_number_for_a_hidden_weight():
+    assert plan.state(PLAYER, 2, 1, "muon", False)["optimiser"] == 600 * 4 + 400 * 8
+
+
+def test_frozen_players_hold_weights_alone():
+    frozen = replace(PLAYER, trained=0, frozen=1000, hidden=0)
+    assert plan.held(frozen, 2, 4) == 850
+    assert plan.held(replace(frozen, stage=0), 2, 4) == 2000
+    assert sum(plan.state(frozen, 2, 4, "adamw", True).values()) == 850
+
+
+def test_what_passes():
+    """An fp32 gradient; beside it its bf16 copy with fused kernels, Adam's root without."""
+    assert plan.update(PLAYER, 2, 4, fused=True) == 250 * 6
+    assert plan.update(PLAYER, 2, 4, fused=False) == 250 * 8
+    assert plan.gathered(PLAYER, 2) == 1800 and plan.gathered(replace(PLAYER, stage=2), 2) == 0
+    assert plan.gathered(replace(PLAYER, trained=BIG), 2) == 2 * plan.LIVE
+    assert plan.buckets(PLAYER, 2, 50, overlap=True) == 200 and plan.buckets(PLAYER, 2, 5000, overlap=False) == 2000
+
+
+def test_activations_by_hand():
+    """A block of 8 tokens: 8 (54 * 10 + 4 * 30) + 769 * 6 * 10; checkpointing keeps 2 * 8 * 10 of each, one whole."""
+    block = 8 * 660 + 769 * 60
+    assert plan.block_saved(SHAPE, 8, 2) == block
+    passing = 8 * (2 * 30 + 10 * 10)
+    assert plan.activations(SHAPE, 8, 2, 1, checkpointing=False) == 2 * block + passing
+    assert plan.activations(SHAPE, 8, 2, 3, checkpointing=True) == 3 * (2 * 160 + block + passing)
+
+
+def test_flops_by_hand():
+    """A layer of 8 tokens that see 769: 2 (8 * (6 * 100 + 2 * 300) + 769 * 200) + 4 * 10 * (64 + 8 * 769)."""
+    assert plan.forward_flops(SHAPE, 8) == 2 * (2 * (8 * 1200 + 769 * 200) + 40 * (64 + 6152))
+
+
+def test_passes_of_the_recipe():
+    assert plan.passes({"own_every": 4, "block_every": 2}, checkpointing=True) == (4.25, 0.5)
+    assert plan.passes({}, checkpointing=False) == (3.0, 1.0)
+
+
+def test_traffic():
+    """Three quarters come from others: at ZeRO-3 the weights for each round and micro-batch, and the gradients."""
+    assert plan.traffic(PLAYER, 2, 4, 5, 2.0) == 0.75 * 2 * (1000 * 2 * 5 + 1000 * 5)
+    assert plan.traffic(replace(PLAYER, stage=0), 2, 4, 5, 2.0) == 0.75 * 2 * 2000
+    assert plan.traffic(PLAYER, 2, 1, 5, 2.0) == 0
+
+
+def test_storage_by_hand():
+    data = Data(Grid(5, 16, 16), Grid(9, 16, 16), 1)  # latents 2 x 2 x 2 and 3 x 2 x 2
+    numbers = 4 * (2 * 128 + 192) + 128 + 2 * 128 + 192 + 8 + 2 * 257 * 1280 + (2 * plan.WORDS + 1) * 4096
+    assert plan.sample_bytes(data, levels=4) == 2 * numbers + 2 * plan.PNG * 256
+    assert plan.checkpoint_bytes(PLAYER, "adamw", True) == 16_000
+    assert plan.checkpoint_bytes(PLAYER, "adamw", False) == 12_000
+
+
+@pytest.mark.parametrize(
+    ("words", "kept"), [({}, 1), ({"save_every": 10}, 3), ({"save_every": 10, "keep_every": 50}, 5)]
+)
+def test_checkpoints_at_the_fullest_moment(words, kept):
+    """Two are kept while a third is written; every fiftieth of a hundred steps for good."""
+    assert plan.checkpoints_kept(Loop(steps=100, **words)) == kept
+
+
+def saved_by_autograd(low: torch.dtype, width: int, ffn: int, tokens: int) -> int:
+    """Bytes that one real block keeps for its backward pass, counted once for each storage, without parameters."""
+    config = {"num_attention_heads": 2, "attention_head_dim": width // 2, "ffn_dim": ffn, "num_layers": 1}
+    config |= {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": width, "text_dim": 64, "freq_dim": 32}
+    model = _construct(type(_skeleton(config)), config).to(low)
+    kept: dict[int, int] = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    hidden, context = torch.randn(1, tokens, width), torch.randn(1, 512 + 257, width)
+    freqs = torch.randn(1, tokens, 1, width // 2)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        block = model.blocks[0]
+        out = block(
+            hidden.to(low).requires_grad_(), context.to(low).requires_grad_(), torch.randn(1, 6, width), (freqs, freqs)
+        )
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    assert out.shape == hidden.shape
+    return sum(size for place, size in kept.items() if place not in parameters)
+
+
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+def test_a_block_keeps_what_the_formula_says(low):
+    width, ffn = 128, 344
+    bytes_each = {torch.bfloat16: 2, torch.float32: 4}[low]
+    extra = [saved_by_autograd(low, width, ffn, tokens) for tokens in (512, 1024)]
+    shape = Shape(width, ffn, 1, 1)
+    said = plan.block_saved(shape, 1024, bytes_each) - plan.block_saved(shape, 512, bytes_each)
+    assert extra[1] - extra[0] == pytest.approx(said, rel=0.2)
+
+
+def real(name: str = "video4edit", *words: str):
+    return config.load(ROOT / f"configs/{name}.yaml", list(words), pick)
+
+
+@pytest.fixture(scope="module")
+def video4edit():
+    """On 64 cards, and on 8."""
+    return [plan.planned(real(), Machine(ranks=n), CLIPS) for n in (64, 8)]
+
+
+def test_the_real_size(video4edit):
+    """I2V-14B on 64 ranks: 4 + 8 + 4 bytes of 16.4e9 parameters over 64, and three epochs of nothing hidden."""
+    far, near = (answer for answer, _ in video4edit)
+    assert far.parts["optimiser"] == 8 * BIG / 64
+    assert far.storage["a checkpoint"] == 16 * BIG
+    assert far.peak < near.peak and far.flops == near.flops
+    assert far.arithmetic == pytest.approx(near.arithmetic / 8)
+    assert far.fits
+
+
+def test_what_does_not_fit_is_told_what_would():
+    recipe = real("video4edit", "loop.checkpointing=false", "loop.micro_batch=2")
+    answer, remedy = plan.planned(recipe, Machine(ranks=4), CLIPS)
+    assert not answer.fits
+    assert remedy.startswith("loop.checkpointing=true loop.micro_batch=1")
+    ranks = int(remedy.split("--gpus ")[1])
+    mended = real("video4edit", "loop.checkpointing=true", "loop.micro_batch=1")
+    assert plan.planned(mended, Machine(ranks=ranks), CLIPS)[0].fits
+    assert not plan.planned(mended, Machine(ranks=ranks // 2), CLIPS)[0].fits
+
+
+def test_released_models_need_no_folder_and_others_do(tmp_path):
+    recipe = plan.stand_in(real("flow_matching"), tmp_path)
+    assert plan.census(recipe.players()[0]).trained == BIG
+    assert plan.stand_in(replace(recipe, init="my/own"), tmp_path / "x").init == "my/own"
+
+
+def test_the_door_reads_local_models_and_ends_with_the_verdict(tmp_path, capsys):
+    (tmp_path / "c.yaml").write_text(
+        f"recipe: flow_matching\ninit: {shared_wan_folder()}\nloop: {{batch: 2, micro_batch: 1}}\n"
+    )
+    words = ["plan", str(tmp_path / "c.yaml"), "--gpus", "2", "--height", "32", "--width", "48"]
+    assert cli.main(words) == 0
+    said = capsys.readouterr().out
+    assert "fits in 80 GB" in said and "assumed 25% of 989 TFLOP/s" in said
+    assert cli.main([*words, "--gpu-memory", "1"]) == 1  # the reserve alone is more
+    assert "does not fit" in capsys.readouterr().out
+    assert cli.main([*words, "loop.batch=3"]) == 3
+    assert "batch 3 is no multiple" in capsys.readouterr().err

@@ -1,0 +1,521 @@
+"""What a training will need, before it is begun: memory per rank, time, storage. Arithmetic alone; see docs/plan.md.
+
+Legend: S tokens of a clip, D width, F feed-forward width, L tokens that cross-attention sees; N ranks. Bytes are bytes
+and a GB is 10^9 of them.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+
+from v4e import flow
+from v4e.config import Loop, to_dict
+from v4e.data.places import exists, place
+from v4e.data.shards import ShardSet
+from v4e.dist import Ranks
+from v4e.models.original import SIZES, diffusers_config
+from v4e.models.wan import WanBackbone
+from v4e.nouns import TEXT_TOKENS, Grid, Player
+from v4e.train.checkpoint import FILE_BYTES
+from v4e.train.engines import PERSISTENT, accumulation, deepspeed_config, is_hidden_matrix
+from v4e.train.run import SHARD_BYTES
+from v4e.verbs import Recipe
+
+R = TypeVar("R", bound=Recipe)
+
+GB = 1e9
+LIVE = 1_050_000_000  # DeepSpeed's stage3_max_live_parameters and a prefetch bucket: elements ZeRO-3 keeps gathered
+GROUP = 1_000_000_000  # DeepSpeed's sub_group_size: elements its optimiser steps at once
+VISION_TOKENS = 257  # of an image, as CLIP ViT-H/14 makes them
+RESERVE = 2.0 * GB  # CUDA's context, NCCL's buffers and kernels' workspaces; assumed
+WASTE = 0.06  # of a card lost to fragmentation; assumed
+WORDS = 64  # tokens of a prompt; assumed
+PNG = 1.5  # bytes a pixel of a photograph; assumed
+HUB = {  # released models that can be planned without their folders
+    "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers": ("i2v", 5120),
+    "Wan-AI/Wan2.1-I2V-14B-720P-Diffusers": ("i2v", 5120),
+    "Wan-AI/Wan2.1-FLF2V-14B-720P-diffusers": ("flf2v", 5120),
+    "Wan-AI/Wan2.1-I2V-14B-480P": ("i2v", 5120),
+    "Wan-AI/Wan2.1-I2V-14B-720P": ("i2v", 5120),
+    "Wan-AI/Wan2.1-FLF2V-14B-720P": ("flf2v", 5120),
+    "alibaba-pai/Wan2.1-Fun-14B-InP": ("i2v", 5120),
+    "alibaba-pai/Wan2.1-Fun-1.3B-InP": ("i2v", 1536),
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Wan's sizes."""
+
+    width: int
+    ffn: int
+    layers: int
+    images: int
+
+    @property
+    def context(self) -> int:
+        """Tokens that cross-attention sees, L."""
+        return TEXT_TOKENS + VISION_TOKENS * self.images
+
+
+@dataclass(frozen=True)
+class Census:
+    """A player's parameters, counted.
+
+    Args:
+        trained, frozen: elements that get gradients, and those that do not.
+        whole: of all these, elements in parameters so small that ZeRO-3 leaves them on every rank.
+        hidden: of the trained ones, those that Muon steps where it is the optimiser.
+    """
+
+    name: str
+    stage: int
+    trained: int
+    frozen: int
+    whole: int
+    hidden: int
+    shape: Shape
+
+    @property
+    def elements(self) -> int:
+        return self.trained + self.frozen
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the job runs on, and what is assumed of it.
+
+    Args:
+        memory: bytes of one accelerator.
+        flops: dense bf16 peak of one, per second.
+        utilisation: share of the peak that the model's own arithmetic gets.
+        bandwidth: bytes per second that a rank can receive from the others.
+        fused: whether the optimiser's kernels are, as on CUDA; on a CPU a step makes temporaries.
+    """
+
+    ranks: int = 8
+    memory: float = 80 * GB
+    flops: float = 989e12
+    utilisation: float = 0.25
+    bandwidth: float = 50 * GB
+    fused: bool = True
+
+
+@dataclass(frozen=True)
+class Data:
+    """The clips: the student's grid, the teacher's, and how many samples there are."""
+
+    student: Grid
+    teacher: Grid
+    samples: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The answer.
+
+    Args:
+        parts: bytes per rank, by what they hold throughout a step.
+        compute, update: bytes per rank on top while losses are computed, and while the optimiser steps; never both.
+        host: bytes of a rank's main memory while a checkpoint and the weights are written.
+        flops: of a step, over all ranks.
+        arithmetic, traffic: seconds of a step, were it that alone.
+        storage: bytes on disk by what they are.
+    """
+
+    parts: Mapping[str, float]
+    compute: Mapping[str, float]
+    update: Mapping[str, float]
+    host: float
+    flops: float
+    arithmetic: float
+    traffic: float
+    storage: Mapping[str, float]
+    machine: Machine
+
+    @property
+    def peak(self) -> float:
+        """Most bytes a rank holds at once, above what an empty run holds."""
+        return sum(self.parts.values()) + max(sum(self.compute.values()), sum(self.update.values()))
+
+    @property
+    def room(self) -> float:
+        """Bytes of an accelerator that a plan may fill."""
+        return self.machine.memory * (1 - WASTE) - RESERVE
+
+    @property
+    def fits(self) -> bool:
+        return self.peak <= self.room
+
+    @property
+    def seconds(self) -> float:
+        """Of a step, where gathering hides behind arithmetic or the other way round."""
+        return max(self.arithmetic, self.traffic)
+
+
+# ------------------------------------------------------------------------------------------------- memory
+
+
+def state(census: Census, low: int, ranks: int, optimizer: str, ema: bool) -> dict[str, float]:
+    """Bytes per rank that a trained player holds throughout: docs/plan.md, section 1.
+
+    Args:
+        low: bytes of a weight in the forward pass: 2 for bf16, 4 for fp32.
+    """
+    part = {k: (1 / ranks if census.stage >= k else 1.0) for k in (1, 2, 3)}
+    masters = 0 if low == 4 and census.stage in (0, 3) else 4  # there the weights are the masters
+    moments = 4 * census.hidden + 8 * (census.trained - census.hidden) if optimizer == "muon" else 8 * census.trained
+    return {
+        "weights": held(census, low, ranks),
+        "gradients": low * census.trained * part[2],
+        "masters": masters * census.trained * part[1],
+        "optimiser": moments * part[1],
+        "EMA": 4.0 * census.trained * part[1] * ema,
+    }
+
+
+def held(census: Census, low: int, ranks: int) -> float:
+    """Bytes per rank of a player's weights between steps."""
+    if census.stage < 3:
+        return float(low * census.elements)
+    return low * ((census.elements - census.whole) / ranks + 2 * census.whole)  # small ones: their part, and whole
+
+
+def gathered(census: Census, low: int) -> float:
+    """Bytes per rank of what ZeRO-3 has gathered of a player at the same time."""
+    return float(low * min(census.elements - census.whole, LIVE)) if census.stage == 3 else 0.0
+
+
+def update(census: Census, low: int, ranks: int, fused: bool) -> float:
+    """Bytes per rank that an optimiser's step needs for a moment: gradients in fp32, and unfused Adam's root."""
+    group = census.trained / (ranks if census.stage else 1)
+    group = min(group, GROUP) if census.stage == 3 else group
+    return group * (4 + (low if fused else 4))
+
+
+def buckets(census: Census, low: int, size: int, overlap: bool) -> float:
+    """Bytes per rank of the buffers gradients are reduced in, and the copy that is sent."""
+    return float(min(size, census.trained) * low * (2 if overlap else 1)) if census.stage else 0.0
+
+
+def block_saved(shape: Shape, tokens: int, low: int) -> float:
+    """Bytes that one block keeps for its backward pass, for one clip.
+
+    In bf16, of a token: 54 widths (norms and gates are computed in fp32: 4 bytes) and twice the feed-forward's width;
+    of a token of the context 6. In fp32 nothing is kept twice.
+    """
+    own, context = (54, 6) if low == 2 else (84, 12)
+    return tokens * (own * shape.width + 2 * low * shape.ffn) + shape.context * context * shape.width
+
+
+def activations(shape: Shape, tokens: int, low: int, batch: int, checkpointing: bool) -> float:
+    """Bytes that a forward pass keeps for the backward one, and the gradients of the widest place in it."""
+    block = block_saved(shape, tokens, low)
+    kept = shape.layers * low * tokens * shape.width + block if checkpointing else shape.layers * block
+    passing = tokens * (low * shape.ffn + 10 * shape.width)
+    return batch * (kept + passing)
+
+
+def working(shape: Shape, tokens: int, low: int, batch: int, taps: int) -> float:
+    """Bytes of a forward pass without gradients: one block's, and the hidden states that leave."""
+    return batch * tokens * shape.width * (8.0 * low + low * taps)
+
+
+# ---------------------------------------------------------------------------------------------------- time
+
+
+def forward_flops(shape: Shape, tokens: int) -> float:
+    """Of one clip: 2 for each weight a token meets, 4 D for each pair of tokens attention looks at."""
+    D, F, L = shape.width, shape.ffn, shape.context
+    linear = tokens * (6 * D * D + 2 * D * F) + L * 2 * D * D  # q k v o, q o, up and down; the context's k and v
+    attention = tokens * tokens + tokens * L
+    return shape.layers * (2.0 * linear + 4.0 * D * attention)
+
+
+def passes(settings: Mapping[str, Any], checkpointing: bool) -> tuple[float, float]:
+    """Forward passes of a step: the student's, a backward pass being two of them, and each frozen player's.
+
+    Frozen players are met every ``block_every`` steps, the student once more every ``own_every``.
+    """
+    own = 1 / settings["own_every"] if settings.get("own_every") else 0.0
+    return 3.0 + checkpointing + own, 1 / max(1, settings.get("block_every", 1))
+
+
+def traffic(census: Census, low: int, ranks: int, micro_batches: int, rounds: float) -> float:
+    """Bytes that a rank receives in a step.
+
+    Args:
+        rounds: times the weights are gathered for a micro-batch, at ZeRO-3.
+    """
+    others = (ranks - 1) / ranks
+    weights = rounds * micro_batches if census.stage == 3 else float(census.stage > 0)
+    gradients = micro_batches if census.stage >= 2 else 2 - (census.stage > 0)
+    return others * low * (census.elements * weights + census.trained * gradients)
+
+
+# ------------------------------------------------------------------------------------------------- storage
+
+
+def sample_bytes(data: Data, levels: int, text_width: int = 4096, vision_width: int = 1280) -> float:
+    """Of a sample with its roll-out: bf16 latents and embeddings, and two PNGs."""
+    student, teacher = (16 * g.t * g.h * g.w for g in (data.student, data.teacher))
+    rollout = levels * (2 * student + teacher) + student
+    encoded = 2 * student + teacher + data.student.t * data.student.h * data.student.w
+    words = 2 * VISION_TOKENS * vision_width + (2 * WORDS + 1) * text_width
+    return 2.0 * (rollout + encoded + words) + 2 * PNG * data.student.H * data.student.W
+
+
+class RolloutCost(NamedTuple):
+    """What the roll-outs of a set cost: FLOPs of one, GPU-hours of all, and bytes of all."""
+
+    flops: float
+    gpu_hours: float
+    bytes: float
+
+
+def rollout_cost(
+    shape: Shape, data: Data, machine: Machine, *, steps: int, guided: int, levels: int, full: bool = True
+) -> RolloutCost:
+    """A step is one forward pass of the teacher, a guided one two; encoders are left out, they take a few seconds.
+
+    Args:
+        steps, guided: of the solver, and how many of them are guided.
+        levels: at which states are kept; ``full`` also those of the teacher's whole clip.
+    """
+    flops = (steps + guided) * forward_flops(shape, data.teacher.tokens)
+    seconds = data.samples * flops / (machine.flops * machine.utilisation)
+    whole = 0 if full else 2.0 * levels * 16 * data.teacher.t * data.teacher.h * data.teacher.w
+    return RolloutCost(flops, seconds / 3600, data.samples * (sample_bytes(data, levels) - whole))
+
+
+def checkpoint_bytes(census: Census, optimizer: str, ema: bool) -> float:
+    """Of one checkpoint, whatever the ranks: masters, moments and averages in fp32."""
+    alone = dataclasses.replace(census, stage=1)
+    parts = state(alone, 2, 1, optimizer, ema)
+    return parts["masters"] + parts["optimiser"] + parts["EMA"]
+
+
+def checkpoints_kept(loop: Loop) -> int:
+    """At the fullest moment: those kept, one being written, and those kept for good."""
+    saves = loop.steps // loop.save_every if loop.save_every else 0
+    for_good = loop.steps // loop.keep_every if loop.keep_every else 0
+    return min(saves + 1, max(1, loop.keep_last) + 1) + for_good
+
+
+# ------------------------------------------------------------------------------------------------ assembly
+
+
+def plan(recipe: Recipe, machine: Machine, data: Data) -> Plan:
+    """What a recipe needs on a machine.
+
+    Raises:
+        ConfigError: the batch does not divide among the ranks.
+    """
+    loop, settings = recipe.loop, to_dict(recipe)
+    low = 2 if loop.precision == "bf16" else 4
+    players = [(player, census(player)) for player in recipe.players()]
+    trained = [(p, c) for p, c in players if p.trains]
+    frozen = [(p, c) for p, c in players if not p.trains]
+    parts = _sum(state(c, low, machine.ranks, p.optim.name, loop.ema > 0) for p, c in trained)
+    parts["frozen players"] = sum(held(c, low, machine.ranks) for _, c in frozen)
+    parts["buckets"] = sum(_buckets(p, c, low, loop, machine) for p, c in trained)
+    flops, received = _work(recipe, trained, frozen, low, data, machine.ranks)
+    arithmetic = flops / machine.ranks / (machine.flops * machine.utilisation)
+    return Plan(
+        parts,
+        _compute(trained, frozen, low, loop, data, len(settings.get("student_blocks", ()))),
+        {"step": max(update(c, low, machine.ranks, machine.fused) for _, c in trained)},
+        _host(trained, machine.ranks, loop),
+        flops,
+        arithmetic,
+        received / machine.bandwidth,
+        _storage(trained, loop, settings, data),
+        machine,
+    )
+
+
+def census(player: Player) -> Census:
+    """Count a player's parameters; it is built without memory."""
+    with torch.device("meta"):
+        module = player.build()
+    assert isinstance(module, WanBackbone)
+    sizes = {name: p.numel() for name, p in module.named_parameters()}
+    hidden = sum(p.numel() for name, p in module.named_parameters() if is_hidden_matrix(name, p.ndim))
+    total, stage = sum(sizes.values()), player.zero_stage if player.trains or player.zero_stage == 3 else 0
+    return Census(
+        player.name,
+        stage,
+        total if player.trains else 0,
+        0 if player.trains else total,
+        sum(n for n in sizes.values() if n <= PERSISTENT),
+        hidden if player.trains else 0,
+        shape(module.config),
+    )
+
+
+def shape(config: Mapping[str, Any]) -> Shape:
+    """The sizes in a transformer's config."""
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    images = 0 if config["image_dim"] is None else 1 + (config["pos_embed_seq_len"] is not None)
+    return Shape(width, config["ffn_dim"], config["num_layers"], images)
+
+
+def stand_in(recipe: R, folder: Path) -> R:
+    """The recipe with configs in ``folder`` in the place of released models, and attention that every machine has."""
+    settings = {f.name: getattr(recipe, f.name) for f in dataclasses.fields(recipe)}  # type: ignore[arg-type]
+    known = {key: value for key, value in settings.items() if isinstance(value, str) and value in HUB}
+    changes: dict[str, object] = {"attention": "native"} if "attention" in settings else {}
+    for key, name in known.items():
+        changes[key] = str(_write_config(folder / key, *HUB[name]))
+    return dataclasses.replace(recipe, **changes)  # type: ignore[type-var]
+
+
+def _write_config(home: Path, kind: str, width: int) -> Path:
+    heads, layers, ffn = SIZES[width]
+    sizes = {"dim": width, "num_heads": heads, "num_layers": layers, "ffn_dim": ffn, "in_dim": 36, "out_dim": 16}
+    (home / "transformer").mkdir(parents=True)
+    text = json.dumps(diffusers_config({"model_type": kind, **sizes}))
+    (home / "transformer/config.json").write_text(text)
+    return home
+
+
+def clips(loop: Loop, height: int, width: int, frames: int, teacher_frames: int, samples: int) -> Data:
+    """What ``loop.data`` says, where it is there; else the sizes given.
+
+    Raises:
+        ShapeError: they are no clips.
+    """
+    if loop.data and exists(place(loop.data) / "manifest.json"):
+        shards = ShardSet.open(loop.data, verify="none")
+        return Data(shards.meta.student, shards.meta.teacher or shards.meta.student, len(shards))
+    return Data(Grid(frames, height, width), Grid(teacher_frames, height, width), samples)
+
+
+def planned(recipe: Recipe, machine: Machine, data: Data) -> tuple[Plan, str]:
+    """The plan, and where it does not fit what to change, or that nothing known does."""
+    with TemporaryDirectory() as folder:
+        local = stand_in(recipe, Path(folder))
+        first = plan(local, machine, data)
+        return first, "" if first.fits else _remedy(local, machine, data)
+
+
+def _remedy(recipe: Recipe, machine: Machine, data: Data) -> str:
+    """The first of a few changes, each on top of those before, with which it fits."""
+    words: list[str] = []
+    for word, change in _changes(recipe):
+        recipe = change
+        words.append(word)
+        if plan(recipe, machine, data).fits:
+            return " ".join(words)
+    for ranks in (machine.ranks * 2**i for i in range(1, 9)):
+        divides = recipe.loop.batch % (ranks * recipe.loop.micro_batch) == 0
+        if divides and plan(recipe, dataclasses.replace(machine, ranks=ranks), data).fits:
+            return " ".join([*words, f"--gpus {ranks}"])
+    return ""
+
+
+def _changes(recipe: Any) -> Iterator[tuple[str, Any]]:
+    """Settings that save memory and that are not yet so, cheapest first."""
+    settings = to_dict(recipe)
+    if settings.get("zero_stage", 3) != 3:
+        recipe = dataclasses.replace(recipe, zero_stage=3)
+        yield "zero_stage=3", recipe
+    for key, value in (("checkpointing", True), ("micro_batch", 1)):
+        if getattr(recipe.loop, key) != value:
+            recipe = dataclasses.replace(recipe, loop=dataclasses.replace(recipe.loop, **{key: value}))
+            yield f"loop.{key}={json.dumps(value)}", recipe
+
+
+def _buckets(player: Player, c: Census, low: int, loop: Loop, machine: Machine) -> float:
+    told = deepspeed_config(player, c.stage, loop, Ranks(world=machine.ranks))["zero_optimization"]
+    return buckets(c, low, told["reduce_bucket_size"], machine.fused and c.stage > 1)
+
+
+Counted = Sequence[tuple[Player, Census]]
+
+
+def _compute(trained: Counted, frozen: Counted, low: int, loop: Loop, data: Data, taps: int) -> dict[str, float]:
+    S, S_teacher, batch = data.student.tokens, data.teacher.tokens, loop.micro_batch
+    whole = sum(gathered(c, low) for _, c in (*trained, *frozen))
+    kept = max(activations(c.shape, S, low, batch, loop.checkpointing) for _, c in trained)
+    seen = max((working(c.shape, S_teacher, low, batch, taps) for _, c in frozen), default=0.0)
+    return {"gathered weights": whole, "activations": kept + seen}
+
+
+def _work(recipe: Recipe, trained: Counted, frozen: Counted, low: int, data: Data, ranks: int) -> tuple[float, float]:
+    """Floating-point operations of a step over all ranks, and bytes that each receives."""
+    loop = recipe.loop
+    own, theirs = passes(to_dict(recipe), loop.checkpointing)
+    micro = accumulation(loop, ranks)
+    flops = sum(own * forward_flops(c.shape, data.student.tokens) for _, c in trained)
+    flops += sum(theirs * forward_flops(c.shape, data.teacher.tokens) for _, c in frozen)
+    received = sum(traffic(c, low, ranks, micro, own - 1 - loop.checkpointing) for _, c in trained)
+    received += sum(traffic(c, low, ranks, micro, theirs) for _, c in frozen if c.stage == 3)
+    return loop.batch * flops, received
+
+
+def _host(trained: Counted, ranks: int, loop: Loop) -> float:
+    """A file of the checkpoint, or of the whole weights on rank 0."""
+    largest = max(checkpoint_bytes(c, p.optim.name, loop.ema > 0) / ranks for p, c in trained)
+    whole = max(4.0 * c.trained for _, c in trained)
+    return max(min(largest, FILE_BYTES), min(whole, SHARD_BYTES))
+
+
+def _storage(trained: Counted, loop: Loop, settings: Mapping[str, Any], data: Data) -> dict[str, float]:
+    levels = len(flow.union_grid(settings["few_steps"], settings["shift"])) - 1 if "few_steps" in settings else 0
+    one = sum(checkpoint_bytes(c, p.optim.name, loop.ema > 0) for p, c in trained)
+    files = 1 + (loop.ema > 0)
+    return {
+        "a sample": sample_bytes(data, levels),
+        "shards": data.samples * sample_bytes(data, levels),
+        "a checkpoint": one,
+        "checkpoints": one * checkpoints_kept(loop),
+        "weights": sum(4.0 * files * c.trained for _, c in trained),
+    }
+
+
+def _sum(parts: Iterator[dict[str, float]]) -> dict[str, float]:
+    total: dict[str, float] = {}
+    for part in parts:
+        for name, size in part.items():
+            total[name] = total.get(name, 0.0) + size
+    return total
+
+
+# ------------------------------------------------------------------------------------------------ the page
+
+
+def page(plan: Plan, remedy: str, data: Data, steps: int) -> str:
+    """What a person reads."""
+    m, hours = plan.machine, steps * plan.seconds / 3600
+    rows = [*_rows(plan.parts), *_rows(plan.compute, "while computing: "), *_rows(plan.update, "while updating: ")]
+    verdict = "fits" if plan.fits else "does not fit"
+    advice = "" if plan.fits else f"\nwhat would: {remedy or 'no known setting; a smaller model or clip'}"
+    return "\n".join(
+        [
+            f"memory per rank, GB, on {m.ranks} ranks",
+            *rows,
+            f"  {'peak':<34}{plan.peak / GB:10.2f}",
+            f"  {'room on the card':<34}{plan.room / GB:10.2f}",
+            f"{verdict} in {m.memory / GB:.0f} GB{advice}",
+            f"main memory of a rank while it saves: {plan.host / GB:.2f} GB",
+            "",
+            f"time: {data.student.tokens} tokens (teacher {data.teacher.tokens}), {plan.flops / 1e15:.1f} PFLOP a step",
+            f"  arithmetic {plan.arithmetic:.2f} s at an assumed {m.utilisation:.0%} of {m.flops / 1e12:.0f} TFLOP/s",
+            f"  gathering  {plan.traffic:.2f} s at an assumed {m.bandwidth / GB:.0f} GB/s a rank",
+            f"  {steps} steps of {plan.seconds:.2f} s: {hours:.1f} h, {hours * m.ranks:.0f} GPU-hours",
+            "",
+            "storage, GB",
+            *_rows(plan.storage),
+        ]
+    )
+
+
+def _rows(parts: Mapping[str, float], before: str = "") -> list[str]:
+    return [f"  {before + name:<34}{size / GB:10.2f}" for name, size in parts.items() if size]
