@@ -1,10 +1,8 @@
 """DeepSpeed computes what PyTorch does, and a killed run goes on as if nothing had happened."""
 
 import math
-import os
 import random
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
-from toy_training import Duo, Net, Toy, ToyStream, made, plain, tensors, toy
+from toy_training import Duo, Net, Toy, ToyStream, launch, made, plain, tensors, toy
 
 from v4e import dist, journal
 from v4e.config import Loop, Schedule
@@ -336,17 +334,6 @@ def stored(folder: Path) -> dict[str, bytes]:
 # -------------------------------------------------------------------------------------------------- two ranks
 
 
-def on_two_ranks(*words: str) -> subprocess.CompletedProcess:
-    """A real launch: ``deepspeed`` on gloo."""
-    port = str(random.SystemRandom().randrange(20000, 40000))
-    command = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", port]
-    script = ["--no_local_rank", str(ROOT / "tests/toy_training.py"), *words]
-    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        environment.pop(name, None)
-    return subprocess.run([*command, *script], env=environment, capture_output=True, text=True, timeout=300)
-
-
 def test_two_ranks_zero_3(tmp_path):
     """As PyTorch alone; a rank's bad sample makes both skip; 4 steps are 2, SIGKILL, and 2."""
     common = ("loop.batch=8", "loop.micro_batch=2", "loop.checkpointing=true", "zero_stage=3")
@@ -355,9 +342,9 @@ def test_two_ranks_zero_3(tmp_path):
     half = (*common, "loop.precision=bf16", "loop.steps=4", "loop.save_every=2", "loop.ema=0.9")
     folders = {name: str(tmp_path / name) for name in ("exact", "bad", "whole", "halves")}
     first = [folders["exact"], *exact, "--then", folders["bad"], *bad, "--then", folders["whole"], *half]
-    killed = on_two_ranks(*first, "--then", folders["halves"], *half, "--kill-at", "3")
+    killed = launch(2, *first, "--then", folders["halves"], *half, "--fate", "3:0:SIGKILL")
     assert killed.returncode != 0
-    again = on_two_ranks(folders["halves"], *half)
+    again = launch(2, folders["halves"], *half)
     assert again.returncode == 0, again.stderr[-3000:]
 
     recipe = toy(tmp_path / "exact", *exact)

@@ -1,13 +1,19 @@
 """A recipe of toys for the training tests: a small net with RoPE-like buffers, taps, checkpointing, and a teacher.
 
-Run as a script, it trains under the deepspeed launcher: ``toy_training.py OUTPUT key=value ... [--kill-at N]``.
+Run as a script, it trains under the deepspeed launcher: ``toy_training.py OUTPUT key=value ... [--fate FATE]``, with
+a fate STEP:RANK:WHAT such as ``3:1:SIGKILL`` or ``3:1:raise``. ``fork`` starts ranks without launcher and imports.
 """
 
+import multiprocessing
 import os
+import random
 import signal
+import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
@@ -16,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from v4e import config
 from v4e.config import Loop
+from v4e.errors import V4EError
 from v4e.nouns import Draw, Losses, Optim, Player, Sample
 from v4e.train.run import train_recipe
 from v4e.verbs import Backbone
@@ -138,13 +145,15 @@ class ToySlice:
 class ToyStream:
     """Sample number p is called p. ``log`` gets a line of keys for each step."""
 
-    def __init__(self, loop: Loop, rank: int, world: int, log: Path | None = None, kill_at: int = -1) -> None:
-        self.loop, self.rank, self.world, self.log, self.kill_at = loop, rank, world, log, kill_at
+    def __init__(self, loop: Loop, rank: int, world: int, log: Path | None = None, fate: str = "-1:0:") -> None:
+        self.loop, self.rank, self.world, self.log = loop, rank, world, log
+        step, whose, self.what = fate.split(":")
+        self.end = int(step) if int(whose) == rank else -1
         self.quarantined: dict[str, str] = {}
 
     def step(self, step: int) -> list[ToySlice]:
-        if step == self.kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if step == self.end:
+            meet(self.what)
         micro, unit = self.loop.micro_batch, self.loop.micro_batch * self.world
         firsts = range(step * self.loop.batch + self.rank * micro, (step + 1) * self.loop.batch, unit)
         slices = [self._slice(range(f, f + micro)) for f in firsts]
@@ -156,6 +165,12 @@ class ToyStream:
     def _slice(self, positions: range) -> ToySlice:
         samples = tuple(Sample(str(p), "", "", None, None) for p in positions)
         return ToySlice(samples, (1.0,) * len(positions), tuple(positions))
+
+
+def meet(fate: str) -> None:
+    if fate == "raise":
+        raise ValueError("a rank of its own mind")
+    os.kill(os.getpid(), signal.Signals[fate])
 
 
 def toy(output: Path, *words: str) -> Toy:
@@ -183,18 +198,74 @@ def plain(recipe: Toy, steps: int) -> tuple[list[float], list[float], Net]:
     return told, norms, net
 
 
+def launch(ranks: int, *words: str) -> subprocess.CompletedProcess:
+    """A real launch of this file: ``deepspeed`` on gloo."""
+    command = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(ranks), "--master_port", _port()]
+    command += ["--no_local_rank", str(Path(__file__).resolve()), *words]
+    root = str(Path(__file__).parents[1])
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        environment.pop(name, None)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+
+
+def _port() -> str:
+    return str(random.SystemRandom().randrange(20000, 40000))
+
+
+def fork(ranks: int, log: Path, *words: str) -> list[BaseProcess]:
+    """Ranks as a launcher starts them, from a process that has imported everything; stderr in ``log.RANK``."""
+    here = Path(__file__).resolve().parent
+    os.environ["PYTHONPATH"] = f"{here.parent}{os.pathsep}{here}"  # its server knows no other path
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["toy_training"])
+    port = _port()
+    made = [server.Process(target=_rank, args=(r, ranks, port, f"{log}.{r}", words), daemon=True) for r in range(ranks)]
+    for process in made:
+        process.start()
+    return made
+
+
+def ended(processes: Sequence[BaseProcess], within: float = 300) -> list[int | None]:
+    """Exit codes; None of one that is still running, which is then killed."""
+    until = time.monotonic() + within
+    for process in processes:
+        process.join(max(0.0, until - time.monotonic()))
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    return codes
+
+
+def _rank(rank: int, world: int, port: str, log: str, words: Sequence[str]) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), "DS_ACCELERATOR": "cpu"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+    sys.exit(door(*words))
+
+
+def door(*words: str) -> int:
+    """As v4e.cli does: a sentence and an exit code."""
+    try:
+        main(*words)
+    except V4EError as error:
+        print(f"v4e: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
 def main(output: str, *words: str) -> None:
-    """One run, or several with ``--then OUTPUT ...`` between their words; killed at the start of step ``--kill-at``."""
+    """One run, or several with ``--then OUTPUT ...`` between their words."""
     rest = list(words)
     following = rest[rest.index("--then") + 1 :] if "--then" in rest else []
     own = rest[: rest.index("--then")] if following else rest
-    kill_at = int(own[own.index("--kill-at") + 1]) if "--kill-at" in own else -1
+    fate = own[own.index("--fate") + 1] if "--fate" in own else "-1:0:"
     recipe = toy(Path(output), *(w for w in own if "=" in w))
     Path(output).mkdir(parents=True, exist_ok=True)
-    train_recipe(recipe, lambda r, w: ToyStream(recipe.loop, r, w, Path(output) / f"keys_{r}.txt", kill_at))
+    train_recipe(recipe, lambda r, w: ToyStream(recipe.loop, r, w, Path(output) / f"keys_{r}.txt", fate))
     if following:
         main(*following)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    sys.exit(door(*sys.argv[1:]))

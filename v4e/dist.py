@@ -153,6 +153,14 @@ def gather(value: Small) -> list[Small]:
     return box
 
 
+def side_store(ranks: Ranks) -> torch_dist.TCPStore:
+    """A store beside the process group's own, kept by rank 0, for what is said while collectives wait."""
+    host = os.environ["MASTER_ADDR"]
+    own = torch_dist.TCPStore(host, 0, is_master=True, wait_for_workers=False) if ranks.is_main else None
+    port = share(own.port if own else 0)
+    return own or torch_dist.TCPStore(host, port, is_master=False)
+
+
 def total(values: Sequence[float], device: torch.device) -> list[float]:
     """Sums over the ranks, in fp64."""
     if torch_dist.get_world_size() == 1:

@@ -22,6 +22,7 @@ from v4e.train import checkpoint
 from v4e.train.engines import Cast, accumulation, cast, export_weights
 from v4e.train.guards import Notice
 from v4e.train.loop import Progress, quarantined, train
+from v4e.train.watch import Watch
 from v4e.verbs import Backbone, Recipe, Stream
 
 MakeStream = Callable[[int, int], Stream]  # (rank, world)
@@ -189,11 +190,12 @@ def train_recipe(
         ConfigError, CheckpointError, TrainingError, PreemptedError: see their classes.
     """
     ranks = dist.start(recipe.loop.threads)
-    with Notice() as notice:
+    with Notice() as notice, Watch(ranks) as watch:
         run = open_run(recipe, make_stream, sheet, resume, ranks, data)
         try:
             run.go(notice)
-        except BaseException:
+        except BaseException as error:
+            watch.tell(error)  # before the journal's farewell, which may take its time
             if run.progress.bad:
                 run.journal.note("bad_steps.json", json.dumps(run.progress.bad, indent=1))
             run.journal.close(exit_code=1)
