@@ -41,6 +41,7 @@ setup(
     ],
     extras_require={
         "gpu": ["xformers>=0.0.35,<0.1"],
+        "photos": ["pillow-heif>=1.8,<2", "imageio-ffmpeg>=0.8,<0.9"],
         "lora": ["peft>=0.21,<0.22"],
         "parquet": ["pyarrow>=26,<27"],
         "s3": ["s3fs>=2025.3"],

@@ -1,5 +1,6 @@
 """The door: a photograph in, an edit out; a mistake is one sentence that names the place."""
 
+import json
 import subprocess
 import sys
 
@@ -48,6 +49,36 @@ def test_edit_is_a_function_of_the_seed(model, photo, tmp_path):
         return (tmp_path / name).read_bytes()
 
     assert edited("a.png", 1) == edited("b.png", 1) != edited("c.png", 2)
+
+
+def test_edit_writes_the_evolution_and_says_how_it_was_made(model, photo, tmp_path, capsys):
+    out = tmp_path / "out.jpg"
+    words = ["edit", photo, "make it snow", "--model", model, "-o", out, "--steps", "1", "--seed", "5", "--frames"]
+    assert cli.main([str(w) for w in words]) == 0
+    assert capsys.readouterr().out.split() == ["wrote", str(tmp_path / "out.frames.png"), "wrote", str(out)]
+    assert cli.main(["edit", "--recipe", str(out)]) == 0
+    recipe = json.loads(capsys.readouterr().out)
+    assert (recipe["instruction"], recipe["seed"], recipe["steps"]) == ("make it snow", 5, 1)
+
+
+def test_a_batch_with_refused_lines_says_so_by_its_exit_code(model, photo, tmp_path, capsys):
+    jobs, out = tmp_path / "jobs.jsonl", tmp_path / "edited"
+    good = {"photo": photo.name, "instruction": "make it snow"}
+    jobs.write_text("".join(json.dumps(job) + "\n" for job in (good, good | {"photo": "none.jpg"})))
+    words = ["edit", "--batch", jobs, "--model", model, "-o", out, "--steps", "1"]
+    assert cli.main([str(w) for w in words]) == 4
+    assert "1 edited, 1 refused" in capsys.readouterr().out
+    assert "no such photograph" in (out / "quarantine.jsonl").read_text()
+    jobs.write_text(json.dumps(good))
+    assert cli.main([str(w) for w in words]) == 0
+    assert "1 edited (1 of them before), 0 refused" in capsys.readouterr().out
+
+
+def test_nothing_to_edit(tmp_path, capsys):
+    assert told(capsys, "edit", tmp_path / "a.jpg")[0] == 3
+    assert told(capsys, "edit", "a.jpg", "snow", "--batch", tmp_path / "jobs.jsonl")[0] == 3
+    code, line = told(capsys, "edit", "--batch", tmp_path / "jobs.jsonl")
+    assert code == 4 and "no such jobs file" in line
 
 
 def test_missing_photograph(tmp_path, capsys):

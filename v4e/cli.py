@@ -4,11 +4,14 @@ Rooms are imported when a verb needs them, so that `v4e --help` and a mistyped p
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from v4e.errors import ConfigError, DataError, V4EError
+
+EMBEDDED = Path(__file__).parent / "assets/wan-nano/student"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,16 +77,13 @@ def train(args: argparse.Namespace) -> int:
 
 
 def edit(args: argparse.Namespace) -> int:
-    """Edit one photograph of any size."""
-    instruction, photo = _instruction(args.instruction), _photograph(args.photo)
-    _check_output(args.output)
-    from v4e.pipelines import EditPipeline
+    """Edit one photograph of any size, or those that a jobs file lists; or say how an edit was made."""
+    from v4e import photos
 
-    pipeline = EditPipeline.from_pretrained(args.model).to(args.device or _device())
-    edited = pipeline.edit_photo(photo, instruction, seed=args.seed, steps=args.steps, guidance=args.guidance)
-    _save(edited, args.output)
-    print(f"wrote {args.output}")
-    return 0
+    if args.recipe:
+        print(json.dumps(photos.recipe_in(photos.fetch(args.recipe), args.recipe), indent=2, ensure_ascii=False))
+        return 0
+    return _edit_batch(args) if args.batch else _edit_one(args)
 
 
 def evaluate(args: argparse.Namespace) -> int:
@@ -144,15 +144,28 @@ def _add_train(verbs) -> None:
 
 
 def _add_edit(verbs) -> None:
-    verb = verbs.add_parser("edit", help="edit a photograph")
-    verb.add_argument("photo", help="any size, any format that Pillow reads")
-    verb.add_argument("instruction", help='what to change, such as "make it snow"')
-    verb.add_argument("--model", required=True, help="diffusers folder that `v4e export` or `v4e demo` wrote")
-    verb.add_argument("-o", "--output", default="edited.png", help="picture to write")
-    verb.add_argument("--steps", type=_positive, help="solver steps; the model's card says how many by default")
+    verb = verbs.add_parser("edit", help="edit photographs")
+    verb.add_argument("photo", nargs="?", help="path or URL; any size, any format that Pillow reads")
+    verb.add_argument("instruction", nargs="?", help='what to change, such as "make it snow"')
+    verb.add_argument("--batch", metavar="JOBS", help="jsonl file whose lines name photo and instruction, and more")
+    verb.add_argument("--recipe", metavar="FILE", help="print how an edit was made, as its file says")
+    verb.add_argument("--model", help="diffusers folder or Hub id; the embedded nano student by default")
+    verb.add_argument("-o", "--output", help="picture to write, edited.png; with --batch a folder, edited")
     verb.add_argument("--seed", type=int, default=0)
+    verb.add_argument("--steps", type=_positive, help="solver steps; the model's card says how many by default")
     verb.add_argument("--guidance", type=float, help="guidance scale; the model's card says which by default")
+    frames = ("strip", "webp", "gif", "mp4")
+    verb.add_argument("--frames", nargs="?", const="strip", choices=frames, help="write the evolution too; a strip")
+    verb.add_argument(
+        "--reasoning-frames", type=_positive, default=0, help="imagine a longer clip at first, such as 29"
+    )
+    verb.add_argument("--reasoning-steps", type=_positive, default=0, help="for so many steps")
     verb.add_argument("--device", help="torch device; a GPU where there is one by default")
+    verb.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the weights")
+    offload = ("none", "model", "sequential")
+    verb.add_argument("--offload", choices=offload, default="none", help="keep one part, or one layer, on the GPU")
+    verb.add_argument("--vae-tiling", action="store_true", help="decode in tiles, for large pictures on a small GPU")
+    verb.add_argument("--vae-slicing", action="store_true", help="decode one sample at a time")
     verb.set_defaults(run=edit)
 
 
@@ -213,46 +226,66 @@ def _positive(text: str) -> int:
     return value
 
 
-def _instruction(text: str) -> str:
-    """The instruction, or a DataError: empty, or bytes that were no UTF-8."""
-    if not text.strip():
-        raise DataError("the instruction is empty", fix='say what to change, such as "make it snow"')
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:  # the shell's bytes come as lone surrogates
-        raise DataError(f"the instruction is not UTF-8: {text!r}", fix="type it in a UTF-8 terminal") from error
-    return text
+def _edit_one(args: argparse.Namespace) -> int:
+    """Whatever can be refused is refused before a model is loaded."""
+    from v4e import photos
+    from v4e.jobs import Job
+
+    if args.photo is None or args.instruction is None:
+        raise ConfigError("no photograph or no instruction", fix='v4e edit PHOTO "make it snow"')
+    job = Job(args.photo, args.instruction, Path(args.output or "edited.png"), _settings(args))
+    if not job.output.parent.is_dir():
+        raise ConfigError("its folder does not exist", where=str(job.output), fix=f"mkdir -p {job.output.parent}")
+    content = photos.fetch(job.photo)
+    photo = photos.decode(content, job.shown)
+    if photo.frames > 1:
+        print(f"the first of {photo.frames} frames is edited")
+    from v4e.journal import open_bar
+    from v4e.studio import write
+
+    studio = _studio(args)
+    with open_bar("steps", job.settings.steps or studio.pipeline.card.steps) as bar:
+        files = studio.make(job, photo, studio.recipe(job, content), lambda done: bar.advance())
+    write(files)
+    print("\n".join(f"wrote {path}" for path in files))
+    return 0
 
 
-def _photograph(path: str):
-    """The decoded photograph, or a DataError that names the file."""
-    from PIL import Image, UnidentifiedImageError
+def _edit_batch(args: argparse.Namespace) -> int:
+    if args.photo is not None:
+        raise ConfigError("--batch takes photographs and instructions from its file", fix="leave PHOTO out")
+    from v4e.photos import fetch
 
-    if not Path(path).is_file():
-        raise DataError("no such photograph", where=path)
-    try:
-        photo = Image.open(path)
-        photo.load()
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"not a readable picture: {error}", where=path, fix="give a PNG or JPEG file") from error
-    return photo
+    settings, jobs, folder = _settings(args), Path(args.batch), Path(args.output or "edited")
+    fetch(args.batch, "jobs file")  # before a model is loaded
+    from v4e.studio import QUARANTINE, run_batch
 
-
-def _check_output(path: str) -> None:
-    """Refuse a place that cannot be written before a model is loaded."""
-    from PIL import Image
-
-    if Path(path).suffix.lower() not in Image.registered_extensions():
-        raise ConfigError("no picture format has this ending", where=path, fix="use .png or .jpg")
-    if not Path(path).parent.is_dir():
-        raise ConfigError("its folder does not exist", where=path, fix=f"mkdir -p {Path(path).parent}")
+    tally = run_batch(_studio(args), jobs, folder, settings)
+    print(f"{tally}: {folder / QUARANTINE if tally.refused else folder}")
+    return DataError.exit_code if tally.refused else 0
 
 
-def _save(picture, path: str) -> None:
-    try:
-        picture.save(path)
-    except OSError as error:
-        raise DataError(f"cannot be written: {error}", where=path) from error
+def _settings(args: argparse.Namespace):
+    from v4e.jobs import Settings
+
+    reasoning = {"reasoning_frames": args.reasoning_frames, "reasoning_steps": args.reasoning_steps}
+    return Settings(args.seed, args.steps, args.guidance, **reasoning, frames=args.frames)
+
+
+def _studio(args: argparse.Namespace):
+    """The loaded model.
+
+    Raises:
+        ConfigError: none is named, and this installation embeds none.
+    """
+    if args.model is None and not EMBEDDED.is_dir():
+        raise ConfigError("no model was named", fix="--model FOLDER, which `v4e export` or `v4e demo` wrote")
+    import torch
+
+    from v4e.studio import Memory, Studio
+
+    memory = Memory(getattr(torch, args.dtype), args.offload, args.vae_tiling, args.vae_slicing)
+    return Studio.open(args.model or str(EMBEDDED), args.device or _device(), memory)
 
 
 def _device() -> str:
