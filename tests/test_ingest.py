@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
@@ -333,9 +334,10 @@ def test_a_picture_changed_after_ingesting_is_refused(raw, at):
 
 
 def test_commands_of_the_docs_parse():
-    text = (Path(__file__).parents[1] / "docs/shards.md").read_text()
-    found = [line.split()[1:] for line in re.findall(r"^v4e-shards .*", text, re.MULTILINE)]
-    assert [words[0] for words in found] == ["ingest", "evolve", "rollout", "verify", "look"]
+    docs = Path(__file__).parents[1] / "docs"
+    text = (docs / "shards.md").read_text() + (docs / "ingest.md").read_text()
+    found = [shlex.split(line)[1:] for line in re.findall(r"^v4e-shards .*", text, re.MULTILINE)]
+    assert [words[0] for words in found][:5] == ["ingest", "evolve", "rollout", "verify", "look"]
     for words in found:
         assert callable(cli.parse(words).run)
 

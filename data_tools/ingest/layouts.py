@@ -129,12 +129,9 @@ def _draft(row: Row, values: Mapping[str, object], layout: Layout, turn: int) ->
     text = values.get(layout.instruction)
     text = _chosen(text, layout.which) if isinstance(text, list) else text
     pictures = {name: values.get(getattr(layout, name)) for name in ("source", "edited", "mask")}
-    found = {
-        layout.instruction: isinstance(text, str),
-        **{getattr(layout, k): bool(pictures[k]) for k in ("source", "edited")},
-    }
-    if missing := [column for column, there in found.items() if not there]:
-        raise Rejected("missing field", f"nothing usable under {', '.join(missing)}")
+    if not isinstance(text, str) or not (pictures["source"] and pictures["edited"]):
+        wanted = f"{layout.instruction}, {layout.source} and {layout.edited}"
+        raise Rejected("missing field", f"a row needs {wanted}; it has {', '.join(map(str, values)) or 'nothing'}")
     key = _id(row, values, layout) + (f"-{turn}" if turn else "")
     return Draft(
         row=row,

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import groupby
 from pathlib import PurePosixPath
-from typing import IO
+from typing import IO, cast
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -76,7 +76,7 @@ class File(Blob):
         try:
             if (self.info["size"] or 0) > MAX_BYTES:
                 raise Rejected("too many bytes", f"{self.info['size']}, of at most {MAX_BYTES}")
-            return self.fs.cat_file(self.path)
+            return cast(bytes, self.fs.cat_file(self.path))
         except FileNotFoundError as error:
             raise Rejected("missing file", "no such file") from error
         except Rejected:
@@ -259,7 +259,7 @@ def _reader_of(path: str, base: Base) -> Reader:
 
 
 def _jsonl(path: str, base: Base, columns: frozenset[str]) -> Iterator[Row]:
-    with io.BufferedReader(base.fs.open(path, "rb")) as file:
+    with _open(base.fs, path) as file:
         number = 0
         while raw := file.readline(LINE):
             number += 1
@@ -302,7 +302,7 @@ def _no_number(name: str) -> float:
 
 
 def _csv(path: str, base: Base, columns: frozenset[str]) -> Iterator[Row]:
-    with io.BufferedReader(base.fs.open(path, "rb")) as raw:
+    with _open(base.fs, path) as raw:
         text = io.TextIOWrapper(raw, "utf-8-sig", errors="surrogateescape", newline="")
         reader = csv.DictReader(text, restkey="", strict=True)
         number = 0
@@ -337,7 +337,7 @@ def _parquet(path: str, base: Base, columns: frozenset[str]) -> Iterator[Row]:
         raise DataError("parquet needs pyarrow", where=path, fix="pip install 'v4e[parquet]'") from error
     number = 0
     try:
-        with base.fs.open(path, "rb") as file:
+        with _open(base.fs, path) as file:
             table = ParquetFile(file, page_checksum_verification=True)
             wanted = [f.name for f in table.schema_arrow if f.name in columns or _is_plain(f.type)]
             for batch in table.iter_batches(batch_size=16, columns=wanted, use_threads=False):
@@ -370,7 +370,7 @@ def _finite(value: object) -> object:
 
 def _tar(path: str, base: Base, columns: frozenset[str]) -> Iterator[Row]:
     """Groups of members with one key, as webdataset has them."""
-    with base.fs.open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+    with _open(base.fs, path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
         for number, (_, group) in enumerate(groupby(_members(tar), key=lambda m: m[0].key), start=1):
             yield _row_of_files(list(group), path, number, base, columns)
         _refuse_torn(tar, file)
@@ -379,7 +379,7 @@ def _tar(path: str, base: Base, columns: frozenset[str]) -> Iterator[Row]:
 def _members(tar: tarfile.TarFile) -> Iterator[Named]:
     """What each member's name says, and how to read it."""
     for member in tar:
-        tar.members = []  # tarfile remembers every header it has seen
+        vars(tar)["members"] = []  # tarfile remembers every header it has seen
         if not member.isdir():
             yield Part.of(member.name), partial(_member, tar, member)
 
@@ -410,7 +410,7 @@ def _refuse_torn(tar: tarfile.TarFile, file: IO[bytes]) -> None:
 def _folder(path: str, base: Base, columns: frozenset[str]) -> Iterator[Row]:
     """Groups of files with one key, folder by folder."""
     number = 0
-    for folder, inner, names in base.fs.walk(path):
+    for folder, inner, names in cast("Iterator[tuple[str, list[str], list[str]]]", base.fs.walk(path)):
         inner.sort()
         paths = [posixpath.join(folder, name) for name in sorted(names) if not name.startswith(".")]
         files = sorted(((Part.of(p), partial(File, p, base.fs, p)) for p in paths), key=lambda f: f[0].key)
@@ -451,6 +451,10 @@ def _columns(part: Part, blob: Callable[[], Blob], columns: frozenset[str]) -> M
         raise Rejected("not UTF-8", f"{part.key}.{part.suffix}: {error}") from error
 
 
+def _open(fs: fsspec.AbstractFileSystem, path: str) -> io.BufferedReader:
+    return io.BufferedReader(cast(io.RawIOBase, fs.open(path, "rb")))
+
+
 def _lines(fs: fsspec.AbstractFileSystem, path: str) -> int:
-    with fs.open(path, "rb") as file:
+    with _open(fs, path) as file:
         return sum(bool(line.strip()) for line in file)

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import IO, TypeVar, cast
 
 import numpy as np
 import torch
@@ -116,7 +116,7 @@ def iterate(folder: str | Place) -> Iterator[Triplet]:
     if not exists(path):
         raise DataError(f"no {LIST}", where=shown(folder), fix="make it with v4e-shards ingest")
     with system(path).open(path.path, "rb") if is_remote(path) else open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
+        for number, line in enumerate(cast(Iterable[bytes], file), start=1):
             yield from_row(line, path.parent, f"{shown(path)}, line {number}")
 
 

@@ -222,10 +222,13 @@ class _Work:
         pictures = {name: _Picture.of(blob, self.rules.max_pixels) for name, blob in draft.pictures.items()}
         size = self._refuse_unfit(pictures)
         look = _look(pictures["source"], pictures["edited"], size)
+        files = {name: self._write(f"{draft.id}.{name}", draft.id, picture) for name, picture in pictures.items()}
         return Triplet(
             id=draft.id,
             instruction=draft.instruction,
-            **{name: self._write(f"{draft.id}.{name}", draft.id, picture) for name, picture in pictures.items()},
+            source=files["source"],
+            edited=files["edited"],
+            mask=files.get("mask"),
             task=draft.task,
             evolution=draft.evolution,
             extra=draft.extra,
