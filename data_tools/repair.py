@@ -151,11 +151,11 @@ def _restore_index(folder: Path, shard: ShardInfo) -> bool:
 
 def _indexes_of(tar: Path) -> Iterator[bytes]:
     """The indexes that a writer would have made, of now and of before it knew xxh3; none when the tar is torn."""
-    rows, quick = dict[str, dict[str, list[object]]](), list[str]()
+    rows, quick = dict[str, dict[str, Sequence[object]]](), list[str]()
     with suppress(tarfile.TarError, DataError, OSError), tarfile.open(tar, "r:") as file:
         for info in file:
             key, _, kind = info.name.partition(".")
-            content = read_range(tar, info.offset_data, info.size)
+            content = bytes(read_range(tar, info.offset_data, info.size))
             rows.setdefault(key, {})[kind] = [info.offset_data, info.size, hash_of(content)]
             quick.append(xxh3_128_hexdigest(content))
         body = {"format": FORMAT, "bytes": tar.stat().st_size, "samples": [*rows.items()]}

@@ -43,7 +43,8 @@ from v4e.journal import progress
 from v4e.nouns import Clip, Grid, Sample
 from v4e.verbs import Codec
 
-X, Y = TypeVar("X"), TypeVar("Y")
+X = TypeVar("X")
+Y = TypeVar("Y")
 WINDOW = 16  # samples a worker may be ahead by
 SHORTEST_END, LONGEST_END = 2 * BLOCK, 1 << 20  # bytes of zeros; tar programs round files up to 10 kB
 

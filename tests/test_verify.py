@@ -263,3 +263,25 @@ def test_samples_of_a_rollout_wait_as_units(tmp_path):
         k: before[k] for k in before if k not in ("s0002", "s0003")
     }
     assert not list(tmp_path.glob("000-*.tar")) and not list(tmp_path.glob("*.index.json"))
+
+
+def test_what_a_repair_dropped_is_rolled_again(tmp_path):
+    """The real command fills the gap, and the set is the same to the byte."""
+    from builders import shared_wan_folder
+
+    from data_tools.ingest import ingest, read_triplets
+    from data_tools.rollout import RolloutConfig, rollout
+    from tests.corruption import SIZE, raw_list
+
+    raw_list(tmp_path)
+    ingest(tmp_path / "edits.jsonl", tmp_path / "in", (SIZE, SIZE), workers=1)
+    triplets, out = read_triplets(tmp_path / "in"), tmp_path / "out"
+    codec = str(shared_wan_folder("i2v"))
+    config = RolloutConfig(teacher="none", codec=codec, batch=1, samples_per_shard=2, device="cpu", threads=1)
+    rollout(triplets, out, config)
+    before = contents(out)
+    flip(out / FIRST, Index(index_path(out / FIRST)).member(1, "source.png").offset + 30)
+    done = repair(out, verify(out), most=1)
+    assert [p.key for p in done.dropped] == ["x1"] and not (out / "manifest.json").exists()
+    rollout(triplets, out, config)
+    assert contents(out) == before and not verify(out).problems
