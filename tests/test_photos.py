@@ -278,6 +278,8 @@ def test_dropping_frames_leaves_a_straight_path_exact(solver, steps):
 def test_half_a_reasoning_is_refused(studio):
     with pytest.raises(ConfigError, match="reasoning_steps=0"):
         studio.pipeline(picture(size=(48, 32)), SNOW, reasoning_frames=13)
+    with pytest.raises(ConfigError, match="no frame to drop"):
+        studio.pipeline(picture(size=(48, 32)), SNOW, reasoning_frames=1, reasoning_steps=1)
 
 
 def test_steps_are_told_as_they_are_done(studio):

@@ -140,7 +140,7 @@ def _object(line: bytes) -> Mapping[str, object]:
 
 def _text(values: Mapping[str, object], key: str) -> str:
     value = values.get(key)
-    if not isinstance(value, str) or not value:
+    if not isinstance(value, str):
         raise DataError(f"{key} is {'missing' if key not in values else f'{value!r} and no text'}")
     return value
 

@@ -656,6 +656,8 @@ def _require_reasoning(reasoning_frames: int, reasoning_steps: int, frames: int 
             f"reasoning_frames={reasoning_frames} with reasoning_steps={reasoning_steps}",
             fix="give both, such as 29 frames for 1 step, or neither",
         )
+    if reasoning_frames == 1:
+        raise ConfigError("reasoning_frames=1 leaves no frame to drop", fix="give 9 or more, such as 29")
     if reasoning_frames and frames:
         raise ConfigError("frames says nothing where reasoning_frames does", fix="leave frames out")
 
