@@ -130,6 +130,18 @@ def test_averages_move_towards_the_weights(tmp_path, stage, precision):
         torch.testing.assert_close(weights(recipe, "average")[name], wanted)
 
 
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_chosen_blocks_train_alone(tmp_path, stage):
+    recipe = toy(tmp_path, *SMALL, "loop.train=['blocks.1.*','head.bias']", f"zero_stage={stage}", "loop.ema=0.9")
+    train(recipe)
+    start = dict(made(1).named_parameters())
+    moved = {name for name, tensor in weights(recipe).items() if not torch.equal(tensor, start[name])}
+    assert moved == {name for name in start if name.startswith("blocks.1.") or name == "head.bias"}
+    assert set(weights(recipe, "average")) == set(start)
+    with pytest.raises(ConfigError, match=r"loop.train: no parameter that could train is called blocks.9.*"):
+        train(toy(tmp_path / "b", *SMALL, "loop.train=['blocks.9.*']"))
+
+
 # --------------------------------------------------------------------------------------------- optimisers
 
 

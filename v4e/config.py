@@ -41,6 +41,21 @@ class Wandb:
 
 
 @dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters on linear layers, trained in place of all else; rank 0 for none.
+
+    Args:
+        rank: of each adapter.
+        scale: what its product is multiplied by; others write alpha / rank.
+        layers: globs over names of linear layers.
+    """
+
+    rank: int = 0
+    scale: float = 1.0
+    layers: tuple[str, ...] = ("*blocks.*",)
+
+
+@dataclass(frozen=True)
 class Loop:
     """What the training loop needs to know; nothing of it is about a model.
 
@@ -54,6 +69,7 @@ class Loop:
         precision: fp32, or bf16 weights with fp32 master weights.
         clip: largest gradient norm; 0 for none.
         ema: decay of the averaged weights; 0 for none.
+        train: globs over names of parameters, such as ``blocks.3.*``: those that train; empty for all.
         checkpointing: recompute activations block by block.
         save_every, sheet_every, log_every: in steps; 0 for only at the end.
         keep_last: checkpoints kept.
@@ -76,6 +92,8 @@ class Loop:
     precision: Literal["fp32", "bf16"] = "bf16"
     clip: float = 1.0
     ema: float = 0.0
+    train: tuple[str, ...] = ()
+    lora: Lora = field(default_factory=Lora)
     checkpointing: bool = False
     schedule: Schedule = field(default_factory=Schedule)
     save_every: int = 0

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 import deepspeed
@@ -22,9 +23,10 @@ from deepspeed.utils import logger as deepspeed_logger
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
 
-from v4e.config import Loop
+from v4e.config import Loop, Lora
 from v4e.dist import Ranks
 from v4e.errors import CheckpointError, ConfigError
+from v4e.models.lora import merge, with_adapters
 from v4e.nouns import Optim, Player
 from v4e.verbs import Backbone
 
@@ -42,12 +44,14 @@ class Role:
         engine: DeepSpeed's, to be called as a :class:`v4e.verbs.Backbone`.
         stage: ZeRO stage it runs at.
         settings: DeepSpeed's configuration as JSON, for the journal.
+        lora: what its adapters are like.
     """
 
     player: Player
     engine: DeepSpeedEngine
     stage: int
     settings: str
+    lora: Lora
 
     @property
     def module(self) -> Any:
@@ -82,10 +86,19 @@ class Role:
         return [p for group in groups for p in group]
 
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, whole fp32 tensor) of each trained parameter; every rank must draw all of them."""
+        """(name, whole fp32 tensor) of each parameter, adapters merged; every rank must draw all of them.
+
+        What does not train is only known as rounded for the forward pass.
+        """
+        yield from merge(self._parts(), self.lora)
+
+    def _parts(self) -> Iterator[tuple[str, Tensor]]:
         copies = self.copies() if self.stage == 0 else {}
         for name, parameter in self.module.named_parameters():
-            if parameter.requires_grad:
+            if not parameter.requires_grad:
+                with deepspeed.zero.GatheredParameters([parameter], enabled=self.stage == 3):
+                    yield name, parameter.detach().float().clone()
+            else:
                 whole: Any = copies[parameter] if self.stage == 0 else safe_get_full_fp32_param(parameter)
                 yield name, whole.detach().float()
 
@@ -263,9 +276,10 @@ def _engage(player: Player, loop: Loop, ranks: Ranks) -> Role:
     stage = player.zero_stage if player.trains or player.zero_stage == 3 else 0
     _refuse(player, stage, loop)
     config = deepspeed_config(player, stage, loop, ranks)
+    player = with_adapters(player, loop.lora) if player.trains and loop.lora.rank else player
     module = _build(player, config, stage, ranks)
     engine = _trained(module, player, stage, config, loop, ranks) if player.trains else _frozen(module, config)
-    return Role(player, engine, stage, json.dumps(config, indent=1))
+    return Role(player, engine, stage, json.dumps(config, indent=1), loop.lora)
 
 
 def _refuse(player: Player, stage: int, loop: Loop) -> None:
@@ -336,12 +350,22 @@ def _frozen(module: nn.Module, config: dict[str, Any]) -> DeepSpeedEngine:
 def _trained(
     module: nn.Module, player: Player, stage: int, config: dict[str, Any], loop: Loop, ranks: Ranks
 ) -> DeepSpeedEngine:
+    _choose(module, loop.train)
     groups = _groups(module.train(), player.optim)
     make = _optimizer(player.optim, ranks, loop.clip if stage == 0 and loop.precision == "fp32" else None)
     engine = _initialize(model=module, model_parameters=groups, optimizer=make, config=config)
     if stage == 0 and loop.precision == "bf16":
         _undo_rehearsal(engine)
     return engine
+
+
+def _choose(module: nn.Module, globs: Sequence[str]) -> None:
+    """Freeze the parameters that no glob names."""
+    names = [name for name, p in module.named_parameters() if p.requires_grad]
+    if idle := [glob for glob in globs if not any(fnmatchcase(name, glob) for name in names)]:
+        raise ConfigError(f"no parameter that could train is called {' or '.join(idle)}", where="loop.train")
+    for name, p in module.named_parameters():
+        p.requires_grad_(p.requires_grad and (not globs or any(fnmatchcase(name, glob) for glob in globs)))
 
 
 def _initialize(**parts: Any) -> DeepSpeedEngine:
@@ -447,7 +471,7 @@ class _GuardedMuon(_Guarded, MuonWithAuxAdam):
 
 
 def export_weights(role: Role, average: Iterable[Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:
-    """(name, whole fp32 tensor) of each trained parameter, of the averaged weights where given.
+    """(name, whole fp32 tensor) of each parameter, of the averaged weights where given.
 
     Every rank must draw all of them: ZeRO gathers each from all ranks.
     """

@@ -2,18 +2,18 @@
 
 import shutil
 
-from deepspeed.ops.op_builder import AsyncIOBuilder, CPUAdamBuilder
+from deepspeed.accelerator import get_accelerator
 
-BUILDERS = {"cpu_adam": ("optimiser on the CPU", CPUAdamBuilder), "async_io": ("offload to NVMe", AsyncIOBuilder)}
+BUILDERS = {"cpu_adam": ("CPUAdamBuilder", "optimiser on the CPU"), "async_io": ("AsyncIOBuilder", "offload to NVMe")}
 
 
 def compilable() -> dict[str, tuple[str, str]]:
     """Operator -> (what it is for, why it cannot be compiled here; empty where it can)."""
-    return {name: (purpose, _fault(builder)) for name, (purpose, builder) in BUILDERS.items()}
+    return {name: (purpose, _fault(builder)) for name, (builder, purpose) in BUILDERS.items()}
 
 
-def _fault(builder: type) -> str:
-    missing = [tool for tool in ("g++", "ninja") if shutil.which(tool) is None]
-    if missing:
+def _fault(builder: str) -> str:
+    if missing := [tool for tool in ("g++", "ninja") if shutil.which(tool) is None]:
         return f"no {' and no '.join(missing)}"
-    return "" if builder().is_compatible(verbose=False) else "its libraries are missing"
+    operator = get_accelerator().create_op_builder(builder)
+    return "" if operator is not None and operator.is_compatible(verbose=False) else "its libraries are missing"
