@@ -3,15 +3,18 @@
 import json
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from resume_bars import COMMON
 from test_train import SMALL, numbers, train
 from toy_training import ended, fork, toy
 
+from v4e.dist import Ranks
 from v4e.errors import TrainingError
 from v4e.train.guards import surprise
 from v4e.train.loop import Outcome, Progress, _look_for_spikes
+from v4e.train.watch import SILENCE_S, _caused, _silent
 
 
 def test_surprise_counts_robust_deviations():
@@ -43,6 +46,27 @@ def test_bad_steps_are_saved_with_their_keys(tmp_path):
         train(recipe)
     assert json.loads((tmp_path / "notes/bad_steps.json").read_text()) == {"1": ["4", "5"]}
     assert numbers(recipe, "loss_spikes") == [0]
+
+
+def test_a_silent_rank_is_missed(monkeypatch):
+    now, beats = [100.0], {"beat/0": b"1", "beat/1": b"1"}
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    store = SimpleNamespace(multi_get=lambda keys: [beats[k] for k in keys])
+    heard = {0: (b"", 100.0), 1: (b"", 100.0)}
+    for second in range(0, 60, 2):
+        now[0], beats["beat/0"] = 100.0 + second, str(second).encode()
+        told = _silent(store, heard)
+        assert told == ("no sign of life for 45 s from rank 1" if second > SILENCE_S else "")
+
+
+def test_an_error_that_another_rank_caused_is_told_in_its_words():
+    lost, own = RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed by peer"), ValueError("mine")
+    told, here = "rank 1 failed first: ValueError: x", Ranks(0, 2)
+    assert str(_caused(lost, told, here)).startswith("rank 0: rank 1 failed first: ValueError: x")
+    assert "no longer answers" in str(_caused(lost, "", here))
+    assert _caused(own, "rank 0 failed first: ValueError: mine", here) is None
+    assert _caused(own, "", here) is None
+    assert _caused(TrainingError("alike on all"), told, here) is None
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import pytest
 import torch
 from resume_bars import PREEMPTED, losses, order, run, tensors
 from test_train import SMALL, checkpoints, damage, weights
-from toy_training import Toy, ToyStream, toy
+from toy_training import Toy, ToyStream, launch, toy
 
 from v4e import dist
 from v4e.errors import CheckpointError, PreemptedError
@@ -114,6 +114,14 @@ def test_two_ranks_then_one_then_four(tmp_path, stage, words):
     assert run(tmp_path / "parts", 4, *words) == [0] * 4
     assert order(tmp_path / "parts", lambda s: (2, 2, 1, 1, 4, 4)[s]) == order(tmp_path / "whole", lambda _: 2)
     assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), rel=1e-4 if words[3:] else 1e-5)
+
+
+@pytest.mark.slow
+def test_the_launcher_passes_the_code_on(tmp_path):
+    """A real ``deepspeed``: one rank is signalled, both save, and the launcher ends with their code."""
+    ended = launch(2, str(tmp_path), "loop.batch=8", "loop.micro_batch=2", "loop.steps=4", "--fate", "2:1:SIGTERM")
+    assert ended.returncode == PREEMPTED, ended.stderr[-3000:]
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_0000002"]
 
 
 @pytest.mark.slow
