@@ -1,7 +1,10 @@
 """Wan under its authors' names: read, written, and refused when it is not what it says."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -26,6 +29,7 @@ from v4e.models.wan import WanBackbone, declare, load_backbone
 
 KINDS: tuple[Kind, ...] = ("i2v", "flf2v")
 NAME = "diffusion_pytorch_model.safetensors"
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "1000000"}
 
 
 def stock_state(kind: Kind) -> dict[str, torch.Tensor]:
@@ -223,3 +227,15 @@ def test_pickles_are_never_read(tmp_path, name):
     for place in (source, source / name):
         with pytest.raises(CheckpointError, match="a pickle, which may run code.*docs/loading.md"):
             dict(declare(place).weights())
+
+
+# ---------------------------------------------------------------------------------------------------------- memory
+
+
+@pytest.mark.slow
+def test_loading_takes_a_rank_its_share_and_little_more(tmp_path):
+    """A bar on each rank's peak: 1.5 GB into 4 ranks; docs/loading.md says why malloc is told to keep nothing."""
+    command = [sys.executable, str(Path(__file__).with_name("memory_of_loading.py")), str(tmp_path)]
+    environment = os.environ | MALLOC | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=3000)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
