@@ -23,7 +23,10 @@ from v4e import journal
 
 COMMON = ("loop.batch=8", "loop.micro_batch=2", "loop.ema=0.9", "loop.steps=40", "loop.keep_last=2")
 MUON = ("optim.name=muon", "loop.clip=0.0")
-TOLERANCE = 1e-5  # of fp32 losses, relative, between numbers of ranks
+TOLERANCE = {
+    "adamw": 1e-5,
+    "muon": 2e-3,
+}  # of fp32 losses, relative; Muon orthogonalises in bf16, a flipped bit is seen
 PREEMPTED = 75
 
 
@@ -74,7 +77,7 @@ def exact(folder: Path, *words: str) -> str:
     return f"{len(one)} tensors, 40 losses and 320 keys the same to the bit"
 
 
-def elastic(folder: Path, *words: str) -> str:
+def elastic(folder: Path, tolerance: float, *words: str) -> str:
     """2 -> 1 -> 4 ranks against 2 all along, in fp32."""
     whole, parts = folder / "whole", folder / "parts"
     words = ("loop.precision=fp32", *words)
@@ -83,7 +86,7 @@ def elastic(folder: Path, *words: str) -> str:
     assert codes == [[0] * 2, [PREEMPTED] * 2, [PREEMPTED], [0] * 4], codes
     assert order(whole, lambda _: 2) == order(parts, lambda s: 2 if s < 13 else 1 if s < 26 else 4), "keys differ"
     worst = max(abs(a - b) / abs(a) for a, b in zip(losses(whole), losses(parts), strict=True))
-    assert worst <= TOLERANCE, f"losses differ by {worst:.1e}"
+    assert worst <= tolerance, f"losses differ by {worst:.1e}"
     return f"320 keys in the same order, losses within {worst:.1e}"
 
 
@@ -138,13 +141,18 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/resume_bars"))
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", choices=("exact", "elastic", "kills"), help="one of the three")
     args = parser.parse_args()
     shutil.rmtree(args.folder, ignore_errors=True)
     for stage, words in ((3, ()), (1, MUON)):
         name, words = ("muon" if words else "adamw"), (f"zero_stage={stage}", *words)
-        print(f"exact, ZeRO-{stage}, {name}: {exact(args.folder / f'exact_{stage}', *words)}", flush=True)
-        print(f"elastic, ZeRO-{stage}, {name}: {elastic(args.folder / f'elastic_{stage}', *words)}", flush=True)
-    print(f"kills: {kills(args.folder / 'kills', args.kills, args.seed)}", flush=True)
+        if args.only in (None, "exact"):
+            print(f"exact, ZeRO-{stage}, {name}: {exact(args.folder / f'exact_{stage}', *words)}", flush=True)
+        if args.only in (None, "elastic"):
+            told = elastic(args.folder / f"elastic_{stage}", TOLERANCE[name], *words)
+            print(f"elastic, ZeRO-{stage}, {name}: {told}", flush=True)
+    if args.only in (None, "kills"):
+        print(f"kills: {kills(args.folder / 'kills', args.kills, args.seed)}", flush=True)
 
 
 if __name__ == "__main__":
