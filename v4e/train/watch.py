@@ -65,7 +65,7 @@ class Watch:
             print(f"v4e: rank {self._ranks.rank} could not tell rank 0 of its failure: {lost}", file=sys.stderr)
 
     def _run(self, store: TCPStore) -> None:
-        heard = dict.fromkeys(range(self._ranks.world), (b"", time.monotonic()))
+        heard: dict[int, tuple[bytes, float]] = dict.fromkeys(range(self._ranks.world), (b"", time.monotonic()))
         for beat in count(1):
             if self._over.wait(BEAT_S):
                 return
