@@ -27,11 +27,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+class _Verb(argparse.ArgumentParser):
+    """Takes settings behind options too, where argparse loses sight of them."""
+
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[override]
+        found, rest = super().parse_known_args(args, namespace)
+        if "overrides" in found:
+            found.overrides += [word for word in rest if _is_setting(word)]
+            rest = [word for word in rest if not _is_setting(word)]
+        return found, rest
+
+
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
     top = argparse.ArgumentParser(prog="v4e", description="Video models as few-step image editors.")
     top.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # launchers put it before the verb
-    verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
+    verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=_Verb)
     for add in (_add_demo, _add_train, _add_edit, _add_eval, _add_export, _add_ablate, _add_plan, _add_doctor):
         add(verbs)
     return top
@@ -65,7 +76,9 @@ def train(args: argparse.Namespace) -> int:
     from v4e.train.run import train_recipe
 
     loop, ranks = recipe.loop, dist.start(recipe.loop.threads)
-    shards = ShardSet.open(loop.data, verify="sizes" if ranks.rank else "index")  # a key met twice stops the run at once
+    shards = ShardSet.open(
+        loop.data, verify="sizes" if ranks.rank else "index"
+    )  # a key met twice stops the run at once
 
     def stream(rank: int, world: int) -> Stream:
         sizes = {"batch": loop.batch, "micro_batch": loop.micro_batch, "rank": rank, "world": world}
@@ -218,6 +231,10 @@ def _add_overrides(verb: argparse.ArgumentParser, example: str) -> None:
 
 
 # --------------------------------------------------------------------------------------------------- inside
+
+
+def _is_setting(word: str) -> bool:
+    return "=" in word and not word.startswith("-")
 
 
 def _positive(text: str) -> int:

@@ -94,14 +94,11 @@ def python() -> Iterator[Finding]:
 
 def packages() -> Iterator[Finding]:
     """Versions; what is needed is broken where it is missing."""
-    for name in ("v4e", *NEEDED):
-        version = version_of(name)
-        fix = "" if version else "pip install -r constraints.txt, then pip install --no-deps -e ."
-        yield Finding(name, "ok" if version else "broken", version or "not installed", fix)
-    for name in OPTIONAL:
-        version = version_of(name)
-        fix = "" if version else f"pip install {name}, at the version of constraints.txt if it names one"
-        yield Finding(name, "ok" if version else "lacks", version or "not installed", fix)
+    for name in ("v4e", *NEEDED, *OPTIONAL):
+        version, fault = version_of(name), "broken" if name in NEEDED else "lacks"
+        install = "pip install 'v4e[gpu]'" if name == "xformers" else "pip install -r constraints.txt"
+        fix = "pip install --no-deps -e ." if name == "v4e" else install
+        yield Finding(name, "ok" if version else fault, version or "not installed", "" if version else fix)
 
 
 def accelerators() -> Iterator[Finding]:
@@ -124,9 +121,9 @@ def accelerators() -> Iterator[Finding]:
 
 def attention() -> Iterator[Finding]:
     """Each backend, tried."""
-    from v4e.models.attention import PACKAGES, resolve
+    from v4e.models.attention import Attention, resolve
 
-    for backend in ("native", *PACKAGES):
+    for backend in get_args(Attention):
         try:
             yield Finding(f"attention={backend}", "ok", f"works as {resolve(backend)}")
         except ConfigError as error:

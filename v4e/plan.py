@@ -19,11 +19,12 @@ from v4e.config import Loop, to_dict
 from v4e.data.places import exists, place
 from v4e.data.shards import ShardSet
 from v4e.dist import Ranks
+from v4e.models.lora import with_adapters
 from v4e.models.original import SIZES, diffusers_config
 from v4e.models.wan import WanBackbone
 from v4e.nouns import TEXT_TOKENS, Grid, Player
 from v4e.train.checkpoint import FILE_BYTES
-from v4e.train.engines import PERSISTENT, accumulation, deepspeed_config, is_hidden_matrix
+from v4e.train.engines import PERSISTENT, _choose, accumulation, deepspeed_config, is_hidden_matrix
 from v4e.train.run import SHARD_BYTES
 from v4e.verbs import Recipe
 
@@ -238,13 +239,14 @@ def forward_flops(shape: Shape, tokens: int) -> float:
     return shape.layers * (2.0 * linear + 4.0 * D * attention)
 
 
-def passes(settings: Mapping[str, Any], checkpointing: bool) -> tuple[float, float]:
-    """Forward passes of a step: the student's, a backward pass being two of them, and each frozen player's.
+def passes(settings: Mapping[str, Any], checkpointing: bool, trained: float = 1.0) -> tuple[float, float]:
+    """What a step costs in forward passes: the student's, and each frozen player's.
 
+    A backward pass is one for the gradients that pass through and one for those of the weights, if all are trained.
     Frozen players are met every ``block_every`` steps, the student once more every ``own_every``.
     """
     own = 1 / settings["own_every"] if settings.get("own_every") else 0.0
-    return 3.0 + checkpointing + own, 1 / max(1, settings.get("block_every", 1))
+    return 2.0 + trained + checkpointing + own, 1 / max(1, settings.get("block_every", 1))
 
 
 def traffic(census: Census, low: int, ranks: int, micro_batches: int, rounds: float) -> float:
@@ -319,7 +321,7 @@ def plan(recipe: Recipe, machine: Machine, data: Data) -> Plan:
     """
     loop, settings = recipe.loop, to_dict(recipe)
     low = 2 if loop.precision == "bf16" else 4
-    players = [(player, census(player)) for player in recipe.players()]
+    players = [(player, census(player, loop)) for player in recipe.players()]
     trained = [(p, c) for p, c in players if p.trains]
     frozen = [(p, c) for p, c in players if not p.trains]
     parts = _sum(state(c, low, machine.ranks, p.optim.name, loop.ema > 0) for p, c in trained)
@@ -340,21 +342,23 @@ def plan(recipe: Recipe, machine: Machine, data: Data) -> Plan:
     )
 
 
-def census(player: Player) -> Census:
-    """Count a player's parameters; it is built without memory."""
+def census(player: Player, loop: Loop) -> Census:
+    """Count a player's parameters as :func:`v4e.train.engines.cast` would train them; it is built without memory."""
     with torch.device("meta"):
-        module = player.build()
+        module = (with_adapters(player, loop.lora) if player.trains and loop.lora.rank else player).build()
     assert isinstance(module, WanBackbone)
-    sizes = {name: p.numel() for name, p in module.named_parameters()}
-    hidden = sum(p.numel() for name, p in module.named_parameters() if is_hidden_matrix(name, p.ndim))
-    total, stage = sum(sizes.values()), player.zero_stage if player.trains or player.zero_stage == 3 else 0
+    _choose(module, loop.train) if player.trains else module.requires_grad_(False)
+    named = [
+        (name, p.numel(), p.requires_grad, is_hidden_matrix(name, p.ndim)) for name, p in module.named_parameters()
+    ]
+    trained = sum(n for _, n, trains, _ in named if trains)
     return Census(
         player.name,
-        stage,
-        total if player.trains else 0,
-        0 if player.trains else total,
-        sum(n for n in sizes.values() if n <= PERSISTENT),
-        hidden if player.trains else 0,
+        player.zero_stage if player.trains or player.zero_stage == 3 else 0,
+        trained,
+        sum(n for _, n, _, _ in named) - trained,
+        sum(n for _, n, _, _ in named if n <= PERSISTENT),
+        sum(n for _, n, trains, hidden in named if trains and hidden),
         shape(module.config),
     )
 
@@ -451,11 +455,14 @@ def _compute(trained: Counted, frozen: Counted, low: int, loop: Loop, data: Data
 def _work(recipe: Recipe, trained: Counted, frozen: Counted, low: int, data: Data, ranks: int) -> tuple[float, float]:
     """Floating-point operations of a step over all ranks, and bytes that each receives."""
     loop = recipe.loop
-    own, theirs = passes(to_dict(recipe), loop.checkpointing)
-    micro = accumulation(loop, ranks)
-    flops = sum(own * forward_flops(c.shape, data.student.tokens) for _, c in trained)
+    settings, micro = to_dict(recipe), accumulation(loop, ranks)
+    own_rounds, theirs = passes(settings, False, 0.0)
+    flops = 0.0
+    for _, c in trained:
+        each, _ = passes(settings, loop.checkpointing, c.trained / c.elements)
+        flops += each * forward_flops(c.shape, data.student.tokens)
     flops += sum(theirs * forward_flops(c.shape, data.teacher.tokens) for _, c in frozen)
-    received = sum(traffic(c, low, ranks, micro, own - 1 - loop.checkpointing) for _, c in trained)
+    received = sum(traffic(c, low, ranks, micro, own_rounds) for _, c in trained)
     received += sum(traffic(c, low, ranks, micro, theirs) for _, c in frozen if c.stage == 3)
     return loop.batch * flops, received
 
@@ -463,7 +470,7 @@ def _work(recipe: Recipe, trained: Counted, frozen: Counted, low: int, data: Dat
 def _host(trained: Counted, ranks: int, loop: Loop) -> float:
     """A file of the checkpoint, or of the whole weights on rank 0."""
     largest = max(checkpoint_bytes(c, p.optim.name, loop.ema > 0) / ranks for p, c in trained)
-    whole = max(4.0 * c.trained for _, c in trained)
+    whole = max(4.0 * c.elements for _, c in trained)
     return max(min(largest, FILE_BYTES), min(whole, SHARD_BYTES))
 
 
@@ -476,7 +483,7 @@ def _storage(trained: Counted, loop: Loop, settings: Mapping[str, Any], data: Da
         "shards": data.samples * sample_bytes(data, levels),
         "a checkpoint": one,
         "checkpoints": one * checkpoints_kept(loop),
-        "weights": sum(4.0 * files * c.trained for _, c in trained),
+        "weights": sum(4.0 * files * c.elements for _, c in trained),
     }
 
 
