@@ -6,30 +6,37 @@ import errno
 import hashlib
 import json
 import multiprocessing
+import os
 import shutil
-import time
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
 from builders import shared_wan_folder
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from data_tools import rollout as room
-from data_tools.ingest import ingest, read_triplets
+from data_tools.ingest import Triplet, ingest, read_triplets
 from data_tools.rollout import Evolving, RolloutConfig, Worker, pack_clips, rollout
-from data_tools.rollout.plan import Claims
+from data_tools.rollout.encode import RolloutCodec
 from data_tools.rollout.spool import Spool
-from v4e import flow
+from v4e import dist, flow, journal
 from v4e.config import Wandb
 from v4e.data.collate import collate
+from v4e.data.members import unpack
 from v4e.data.shards import ShardSet
 from v4e.errors import CheckpointError, ConfigError, DataError
 from v4e.models.codec import WanCodec
+from v4e.models.wan import WanBackbone
 from v4e.nouns import Clip, seed_of
-from v4e.pipelines import Guidance, TeacherPipeline, noise_of
+from v4e.pipelines import Guidance, TeacherPipeline, noise_of, spreadable
 
 SIZE = 32
 COUNT = 5
@@ -113,9 +120,9 @@ def test_a_sample_holds_what_both_models_are_told(whole, triplets):
     assert torch.allclose(e.clip_Cthw, codec.encode([Clip.join([source, *[target] * 4])])[0], atol=1e-5)
     assert torch.allclose(e.known_Cthw, codec.known([source], student)[0], atol=1e-5)
     assert torch.allclose(e.teacher_known_Cthw, codec.known([source], teacher, [target])[0], atol=1e-5)
-    assert torch.equal(e.text_LE, codec.read(["make the sky red"])[0])
-    assert torch.equal(e.evolution_LE, codec.read(["the sky turn red 4"])[0])
-    assert torch.equal(e.null_LE, codec.read([""])[0])
+    assert torch.allclose(e.text_LE, codec.read(["make the sky red"])[0], atol=1e-5)
+    assert torch.allclose(e.evolution_LE, codec.read(["the sky turn red 4"])[0], atol=1e-5)
+    assert torch.allclose(e.null_LE, codec.read([""])[0], atol=1e-5)
     assert torch.equal(e.vision_NV, codec.look([source])[0])
     assert torch.equal(e.vision_last_NV, codec.look([target])[0])
     assert e.change_thw.shape == (student.t, student.h, student.w)
@@ -199,28 +206,29 @@ def manifest_of(folder: Path) -> dict:
     return json.loads((folder / "manifest.json").read_bytes())
 
 
+HOLD = """
+import fcntl, os, sys, time
+file = open(sys.argv[1], "ab")
+fcntl.lockf(file, fcntl.LOCK_EX, 1, int(sys.argv[2]), os.SEEK_SET)
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
 def test_a_unit_that_another_rank_has_claimed_is_left_to_it(triplets, tmp_path, monkeypatch):
     """The other rank is a real process, for locks are between processes."""
     rows, made = read_triplets(triplets), kept_counts(monkeypatch)
     (tmp_path / "set").mkdir()
-    holder = multiprocessing.get_context("spawn").Process(target=hold, args=(tmp_path / "set/.claims", 1))
-    holder.start()
-    while not (tmp_path / "set/.claims.held").exists():
-        time.sleep(0.02)
-    rollout(rows, tmp_path / "set", settings())
-    assert made == [["t0", "t1"], ["t4"]]
-    assert not (tmp_path / "set/manifest.json").exists()
-    holder.kill()
-    holder.join()
+    command = [sys.executable, "-c", HOLD, str(tmp_path / "set/.claims"), "1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        rollout(rows, tmp_path / "set", settings())
+        assert made == [["t0", "t1"], ["t4"]]
+        assert not (tmp_path / "set/manifest.json").exists()
+        holder.kill()
     rollout(rows, tmp_path / "set", settings())
     assert made[2:] == [["t2", "t3"]]
     assert len(ShardSet.open(tmp_path / "set")) == COUNT
-
-
-def hold(path: Path, unit: int) -> None:
-    with Claims(path).take(unit):
-        Path(f"{path}.held").touch()
-        time.sleep(600)
 
 
 def test_without_locks_a_rank_keeps_to_its_share(whole, triplets, tmp_path, monkeypatch):
@@ -284,8 +292,13 @@ def own(triplets, whole, tmp_path):
     return shutil.copytree(triplets, tmp_path / "in"), shutil.copytree(whole, tmp_path / "set")
 
 
+def unhashed(folder: Path) -> list[Triplet]:
+    """Triplets as a list without hashes would have them, so that their pictures may change."""
+    return [replace(row, hashes={}) for row in read_triplets(folder)]
+
+
 def test_a_changed_triplet_is_refused_or_done_again_with_its_neighbours(own, whole, monkeypatch):
-    rows = read_triplets(own[0])
+    rows = unhashed(own[0])
     picture(55).save(rows[1].source)
     rows[3] = replace(rows[3], instruction="make the sky green")
     with pytest.raises(DataError) as caught:
@@ -306,7 +319,7 @@ def test_a_changed_triplet_is_refused_or_done_again_with_its_neighbours(own, who
 
 
 def test_doing_one_unit_again_keeps_the_rest_of_its_shard(triplets, tmp_path, monkeypatch):
-    rows = read_triplets(shutil.copytree(triplets, tmp_path / "in"))
+    rows = unhashed(shutil.copytree(triplets, tmp_path / "in"))
     config = settings(batch=1, samples_per_shard=5)
     rollout(rows, tmp_path / "set", config)
     before = bytes_of(tmp_path / "set")
@@ -321,7 +334,7 @@ def test_doing_one_unit_again_keeps_the_rest_of_its_shard(triplets, tmp_path, mo
 
 
 def test_damaged_pictures_are_quarantined_and_the_others_rolled(own, tmp_path, monkeypatch):
-    rows = read_triplets(own[0])
+    rows = unhashed(own[0])
     rows[2].source.write_bytes(rows[2].source.read_bytes()[:60])
     rows[4].edited.unlink()
     config = settings(max_reject_fraction=0.4)
@@ -403,7 +416,15 @@ def test_the_verb_reads_its_settings_from_yaml_and_words(triplets, tmp_path, cap
     )
     parser = argparse.ArgumentParser()
     room.add_arguments(parser)
-    words = [str(triplets), str(tmp_path / "set"), "seed=3", "--teacher", settings().teacher, "--config"]
+    words = [
+        str(triplets),
+        str(tmp_path / "set"),
+        "seed=3",
+        "wandb.mode=disabled",
+        "--teacher",
+        settings().teacher,
+        "--config",
+    ]
     args = parser.parse_args([*words, str(tmp_path / "rollout.yaml"), "batch=4", "dtype=fp32"])
     assert room.run(args) == 0
     assert len(ShardSet.open(tmp_path / "set")) == COUNT
@@ -457,3 +478,183 @@ def test_packing_by_two_processes_goes_on_to_the_same_bytes(tmp_path):
         pack_clips(iter(items), split, codec, grid, batch=2, samples_per_shard=2, part=part, parts=2)
     assert ShardSet.open(split).keys == ["c0", "c1", "c4", "c2", "c3"]
     assert bytes_of(whole) == bytes_of(split)
+
+
+# ------------------------------------------------------------------------------------------- steps and guidance
+
+
+@given(st.integers(8, 40), st.floats(0.5, 16))
+@hypothesis.settings(max_examples=20, deadline=None)
+def test_a_refined_grid_keeps_its_levels_and_falls(steps, by):
+    levels = flow.union_grid((1, 2, 4, 8), 3.0)
+    grid = flow.refine(levels, steps, by)
+    assert len(grid) == steps + 1
+    assert torch.isin(levels, grid).all()
+    assert (grid[1:] < grid[:-1]).all()
+
+
+def test_further_steps_go_where_steps_are_longest():
+    """Of 5 steps three go into the first of two equal halves, and two into the other."""
+    grid = flow.refine(torch.tensor([1.0, 0.5, 0.0], dtype=torch.float64), 5, 1.0)
+    assert torch.allclose(grid, torch.tensor([1, 5 / 6, 4 / 6, 0.5, 0.25, 0], dtype=torch.float64))
+
+
+def counted(monkeypatch) -> list[float]:
+    """Noise levels that the teacher is asked about from now on."""
+    real, asked = WanBackbone.forward, []
+
+    def forward(self, x, sigma_B, *rest, **named):
+        asked.append(round(float(sigma_B[0]), 4))
+        return real(self, x, sigma_B, *rest, **named)
+
+    monkeypatch.setattr(WanBackbone, "forward", forward)
+    return asked
+
+
+def test_steps_solver_and_guidance_are_real(triplets, monkeypatch):
+    unit = read_triplets(triplets)[:2]
+    asked = counted(monkeypatch)
+
+    def rolled(**changes):
+        asked.clear()
+        made = Worker.load(settings(guidance=8.0, **changes), (SIZE, SIZE)).work(unit).made[1]
+        return unpack(made.key, made.members, "").rollout
+
+    plain = rolled()
+    assert len(asked) == 4 and len(plain.sigma_K) == 2
+    more = rolled(steps=6)
+    assert len(asked) == 12
+    assert torch.equal(more.sigma_K, plain.sigma_K)
+    assert torch.equal(more.full_KCthw[0], plain.full_KCthw[0])
+    assert not torch.allclose(more.full_KCthw[1], plain.full_KCthw[1], atol=1e-4)
+    interval = rolled(steps=6, guidance_high=0.8, guidance_low=0.3)
+    assert len(asked) == 6 + sum(0.3 <= sigma <= 0.8 for sigma in set(asked)) < 12
+    assert not torch.allclose(interval.end_Cthw, more.end_Cthw, atol=1e-4)
+    assert not torch.allclose(rolled(steps=6, solver="euler").end_Cthw, more.end_Cthw, atol=1e-4)
+    assert not torch.allclose(rolled(steps=6, shift=2.0).end_Cthw, more.end_Cthw, atol=1e-4)
+
+
+def test_what_is_known_is_embedded_once(triplets, monkeypatch):
+    """Of 5 triplets with two texts each: every text, and every picture, goes through its encoder once."""
+    rows, texts, looks = read_triplets(triplets), [], []
+    read, look = RolloutCodec._read_one, RolloutCodec._look_one
+    monkeypatch.setattr(RolloutCodec, "_read_one", lambda self, text: texts.append(text) or read(self, text))
+    monkeypatch.setattr(RolloutCodec, "_look_one", lambda self, clip: looks.append(clip) or look(self, clip))
+    twin = replace(rows[1], id="twin", source=rows[0].source, hashes={})
+    worker = Worker.load(settings(batch=3), (SIZE, SIZE))
+    assert not worker.work([rows[0], rows[1], twin]).rejects
+    assert sorted(texts) == ["", "make the sky red", "the sky turn red 0", "the sky turn red 1"]
+    assert len(looks) == 4
+
+
+def test_remembering_changes_no_bit():
+    """What a backbone remembers of the conditions is what it would compute."""
+    teacher = TeacherPipeline.from_pretrained(shared_wan_folder("flf2v"), attention="native")
+    codec, grid = teacher.codec, teacher.grid(9, (SIZE, SIZE))
+    images = [clip.clip.frame(0) for clip in clips(4, 1)]
+    known = codec.known(images[:2], grid, images[2:])
+    texts, first, last = codec.read(["make red", "a sky"]), codec.look(images[:2]), codec.look(images[2:])
+    told = codec.conditions(texts, first, known, grid, last)
+    x = noise_of([0, 1], 4, grid.t, grid.h, grid.w)
+    for fold in (False, True):
+        backbone = teacher.backbone.set_attention("native", fold)
+        levels = [torch.full((2,), sigma) for sigma in (0.9, 0.4)]
+        plain = [backbone(x, sigma, told)[0] for sigma in levels]
+        with backbone.remembering():
+            assert all(torch.equal(backbone(x, sigma, told)[0], v) for sigma, v in zip(levels, plain, strict=True))
+
+
+# ------------------------------------------------------------------------------------------------ sizes, ranks
+
+
+def test_sizes_are_sets_of_their_own(triplets, tmp_path):
+    rows = [replace(row, size=(SIZE, SIZE if i % 2 else 2 * SIZE)) for i, row in enumerate(read_triplets(triplets))]
+    rollout(rows, tmp_path / "set", settings(height=0, width=0))
+    square, wide = ShardSet.open(tmp_path / "set/32x32"), ShardSet.open(tmp_path / "set/32x64")
+    assert [*square.keys] == ["t1", "t3"]
+    assert [*wide.keys] == ["t0", "t2", "t4"]
+    assert wide.sample(0).encoded.clip_Cthw.shape[-2:] == (4, 8)
+    assert (wide.meta.student.W, square.meta.student.W) == (64, 32)
+
+
+@pytest.mark.parametrize(
+    ("variables", "place"),
+    [
+        ({}, (0, 1, 0)),
+        ({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, (3, 8, 1)),
+        ({"SLURM_PROCID": "5", "SLURM_NTASKS": "6", "SLURM_LOCALID": "2"}, (5, 6, 2)),
+        ({"SLURM_ARRAY_TASK_ID": "2", "SLURM_ARRAY_TASK_COUNT": "4", "SLURM_ARRAY_TASK_MIN": "0"}, (2, 4, 0)),
+        ({"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_COUNT": "1", "SLURM_ARRAY_TASK_MIN": "7"}, (0, 1, 0)),
+        (
+            {"SLURM_ARRAY_TASK_ID": "5", "SLURM_ARRAY_TASK_COUNT": "3", "SLURM_ARRAY_TASK_MIN": "1"}
+            | {"SLURM_ARRAY_TASK_STEP": "2", "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"},
+            (5, 6, 1),
+        ),
+    ],
+)
+def test_where_a_rank_stands(monkeypatch, variables, place):
+    for name in [*os.environ]:
+        if name.startswith("SLURM") or name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+            monkeypatch.delenv(name)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    ranks = dist.place()
+    assert (ranks.rank, ranks.world, ranks.local_rank) == place
+
+
+def test_an_array_with_gaps_is_refused(monkeypatch):
+    for name, value in {"ID": "9", "COUNT": "3", "MIN": "1"}.items():
+        monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", value)
+    with pytest.raises(ConfigError, match="9 is not one of a regular array of 3"):
+        dist.place()
+
+
+def test_the_journal_counts_over_all_ranks(triplets, tmp_path):
+    rows = read_triplets(triplets)
+    rows[3] = replace(rows[3], source=tmp_path / "gone.png", hashes={})
+    rollout(rows, tmp_path / "set", settings(part=1, parts=2, max_reject_fraction=1))
+    assert not (tmp_path / "set/journal").exists()
+    rollout(rows, tmp_path / "set", settings(part=0, parts=2, max_reject_fraction=1))
+    last = journal.read(tmp_path / "set/journal")[-1]
+    assert (last["step"], last["samples"], last["rejects"]) == (5, 5, 1)
+
+
+# ------------------------------------------------------------------------------------- one roll-out, several ranks
+
+
+def test_attention_that_cannot_be_spread_is_refused_and_auto_picks_another(caplog):
+    with caplog.at_level("INFO", "v4e.pipelines"):
+        assert spreadable("auto") == "native"
+    assert "xformers has no context parallelism" in caplog.text
+    assert spreadable("sage") == "sage"
+    with pytest.raises(ConfigError, match="'xformers' has no context parallelism"):
+        spreadable("xformers")
+    with pytest.raises(ConfigError, match="folded"):
+        settings(span=2, fold_text_padding=True)
+
+
+@pytest.mark.slow
+def test_two_ranks_share_a_roll_out(triplets, whole, tmp_path):
+    """By gloo on a CPU. Attention sums in another order, so the states are close and all else is the same."""
+    port = str(20000 + os.getpid() % 20000)
+    context = multiprocessing.get_context("spawn")
+    ranks = [context.Process(target=spread_rank, args=(r, port, triplets, tmp_path / "set")) for r in (0, 1)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(300)
+    assert [rank.exitcode for rank in ranks] == [0, 0]
+    ours, theirs = ShardSet.open(tmp_path / "set"), ShardSet.open(whole)
+    assert [*ours.keys] == [*theirs.keys]
+    for i in range(COUNT):
+        a, b = ours.sample(i), theirs.sample(i)
+        assert torch.equal(a.encoded.teacher_known_Cthw, b.encoded.teacher_known_Cthw)
+        assert torch.allclose(a.rollout.end_Cthw, b.rollout.end_Cthw, atol=2e-5, rtol=1e-4)
+        assert torch.allclose(a.rollout.v_KCthw, b.rollout.v_KCthw, atol=2e-5, rtol=1e-4)
+
+
+def spread_rank(rank: int, port: str, triplets: Path, out: Path) -> None:
+    place = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
+    os.environ.update(place | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
+    torch.accelerator.device_count = lambda: 1  # diffusers divides by it, and a CPU counts none
+    rollout(read_triplets(triplets), out, settings(span=2, parts=0))

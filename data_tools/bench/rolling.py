@@ -1,0 +1,145 @@
+"""Roll-outs against a plain loop over the stock pipeline: same teacher, images, prompts, noise, steps and guidance.
+
+On a CPU both are timed in seconds of one thread, which other work on the machine disturbs less than wall time.
+The stock loop makes final latents alone; ours also makes what a student is told, and writes it to the disk.
+"""
+
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+from diffusers import WanImageToVideoPipeline
+from PIL import Image
+from torch import Tensor
+
+import v4e
+from data_tools.ingest import Triplet
+from data_tools.rollout import RolloutConfig, Worker
+from data_tools.rollout.plan import Plan
+from data_tools.rollout.spool import Spool, Unit
+from v4e.config import Wandb
+from v4e.data.members import unpack
+from v4e.nouns import seed_of
+
+TEACHER = Path(v4e.__file__).parent / "assets/wan-nano/teacher"
+SIZE, FRAMES = 64, 9
+TOLERANCE = 1e-3  # of the final latents, whose standard deviation is about 1: other sums in fp32, over all steps
+
+
+@dataclass
+class Clock:
+    """Seconds spent in something."""
+
+    spent: float = 0.0
+    laps: list[float] = field(default_factory=list)
+
+    def around(self, work: Callable) -> Callable:
+        """The same function, timed."""
+
+        def timed(*args, **named):
+            began = now()
+            done = work(*args, **named)
+            self.laps.append(now() - began)
+            self.spent += self.laps[-1]
+            return done
+
+        return timed
+
+
+def now() -> float:
+    """A clock that counts work: this process's own time on a CPU."""
+    if not torch.cuda.is_available():
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def measure(steps: int = 50, guidance: float = 5.0, batch: int = 16, rounds: int = 2) -> dict[str, float]:
+    """``rollout_speedup`` and ``rollout_dit_share``.
+
+    Args:
+        steps, guidance: by default those of the stock pipeline.
+        rounds: a unit of ours and two samples of stock's alternate so many times; medians count.
+
+    Raises:
+        AssertionError: the final latents differ.
+    """
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        ours = _Ours(Path(folder), steps, guidance, batch)
+        stock = WanImageToVideoPipeline.from_pretrained(str(TEACHER)).to(ours.worker.models.device)
+        stock.set_progress_bar_config(disable=True)
+        once, unit, dit = Clock(), Clock(), Clock()
+        ours.unit(rounds)  # a rehearsal, so that nothing is measured twice
+        backbone = ours.worker.models.teacher.backbone
+        backbone.forward = dit.around(backbone.forward)
+        for number in range(rounds):
+            ends = unit.around(ours.unit)(number)
+            for i in (0, batch - 1):
+                plain = once.around(_plain)(stock, ours.plan.unit(number)[i], steps, guidance)
+                worst = float((plain[:, ours.frames] - ends[i]).abs().max())
+                assert worst <= TOLERANCE, f"final latents differ by {worst:.2g}, more than {TOLERANCE}"
+    return {
+        "rollout_speedup": round(median(once.laps) / (median(unit.laps) / batch), 2),
+        "rollout_dit_share": round(dit.spent / unit.spent, 3),
+    }
+
+
+class _Ours:
+    """The road of `v4e-shards rollout`, a unit at a time."""
+
+    def __init__(self, folder: Path, steps: int, guidance: float, batch: int) -> None:
+        self.config = RolloutConfig(
+            teacher=str(TEACHER), teacher_frames=FRAMES, step_counts=(steps,), student_shift=3.0, guidance=guidance,
+            batch=batch, dtype="fp32", stored="fp32", attention="native", fold_text_padding=True, threads=1,
+            wandb=Wandb(mode="disabled"),
+        )  # fmt: skip
+        self.worker = Worker.load(self.config, (SIZE, SIZE))
+        self.plan = Plan(_triplets(folder, 3 * batch), batch, 1)
+        self.spool = Spool(folder / "set", self.plan, self.worker.meta, torch.float32)
+        self.frames = list(self.worker.grids.teacher.shared_frames(self.worker.grids.student))
+
+    def unit(self, number: int) -> list[Tensor]:
+        """The final latents of a unit that is written."""
+        done = self.worker.work(self.plan.unit(number))
+        self.spool.save(number, done)
+        return _ends(done)
+
+
+def _ends(unit: Unit) -> list[Tensor]:
+    samples = [unpack(made.key, made.members, made.key) for made in unit.made]
+    return [sample.rollout.end_Cthw for sample in samples if sample.rollout]
+
+
+def _plain(stock: WanImageToVideoPipeline, triplet: Triplet, steps: int, guidance: float) -> Tensor:
+    """What a user of diffusers would write; final latents [C, t, h, w]."""
+    first, last = (Image.open(path).convert("RGB") for path in (triplet.source, triplet.edited))
+    generator = torch.Generator().manual_seed(seed_of(0, triplet.id, "noise"))
+    named = {"height": SIZE, "width": SIZE, "num_frames": FRAMES, "num_inference_steps": steps}
+    out = stock(
+        first, triplet.evolution, "", last_image=last, guidance_scale=guidance, generator=generator,
+        output_type="latent", **named,
+    )  # fmt: skip
+    return out.frames[0].float().cpu()
+
+
+def _triplets(folder: Path, count: int) -> Sequence[Triplet]:
+    """Edits of smooth random pictures, each with a prompt of its own."""
+    draw, rows = np.random.default_rng(0), []
+    for i in range(count):
+        files = folder / f"{i}-source.png", folder / f"{i}-edited.png"
+        for path in files:
+            coarse = Image.fromarray(draw.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+            coarse.resize((SIZE, SIZE), Image.Resampling.BICUBIC).save(path)
+        words = f"The sky slowly turns red, while the {i} trees below it stay as they are. The camera is static."
+        rows.append(Triplet(f"t{i}", "make the sky red", *files, evolution=words))
+    return rows
+
+
+if __name__ == "__main__":
+    print(measure())
