@@ -95,7 +95,7 @@ class Job:
 
 def require_instruction(text: str) -> None:
     """Raises DataError for one that is empty, too long, or bytes that were no UTF-8."""
-    if not text.strip():
+    if not any(char.isprintable() and not char.isspace() for char in text):  # zero-width ones are not
         raise DataError("the instruction is empty", fix='say what to change, such as "make it snow"')
     if len(text) > MAX_CHARACTERS:
         what = f"the instruction has {len(text)} characters, and {MAX_CHARACTERS} are read"

@@ -508,7 +508,7 @@ class EditPipeline(WanPipeline):
 
     def _require_known_words(self, instruction: str) -> None:
         """What the text encoder would cut off, or not know a word of, is refused; batches leave that to their maker."""
-        tokens = self.tokenizer(prompt_clean(instruction)).input_ids
+        tokens = self.tokenizer(prompt_clean(instruction), verbose=False).input_ids
         if len(tokens) > TEXT_TOKENS:
             what = f"the instruction is {len(tokens)} tokens long, and the model reads {TEXT_TOKENS}"
             raise DataError(what, fix="say it shorter")
