@@ -63,7 +63,7 @@ def fixture(folder: Path, samples: int) -> ShardSet:
 def read_in_a_row(shards: ShardSet) -> None:
     """What no reader can be without: every byte from the disk, and the library's parser."""
     for shard, index in zip(shards.shards, shards.indexes, strict=True):
-        with open(shards.folder / shard.name, "rb", buffering=1 << 20) as file:
+        with open(str(shards.folder / shard.name), "rb", buffering=1 << 20) as file:
             for row in range(len(index)):
                 for kind, member in index.members(row).items():
                     file.seek(member.offset)
@@ -122,16 +122,9 @@ def _sample(n: int) -> Sample:
         vision_last_NV=random(17, V),
         change_thw=random(t, h, w).sigmoid(),
     )
-    path = [random(K, C, frames, h, w) for frames in (t, t, TEACHER.t)]
-    return Sample(
-        f"s{n}",
-        "add a boat",
-        "a boat appears",
-        None,
-        None,
-        encoded,
-        Rollout(torch.linspace(1, 0.1, K), *path, random(C, t, h, w)),
-    )
+    states, velocities, full = (random(K, C, frames, h, w) for frames in (t, t, TEACHER.t))
+    rollout = Rollout(torch.linspace(1, 0.1, K), states, velocities, full, random(C, t, h, w))
+    return Sample(f"s{n}", "add a boat", "a boat appears", None, None, encoded, rollout)
 
 
 # ------------------------------------------------------------------------------------------------------- scale

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -102,7 +103,7 @@ def read_range(where: Place, offset: int, size: int) -> memoryview:
     with reaching(where):
         if is_remote(where):
             return memoryview(bytearray(_remote_range(where, offset, size)))
-        content = memoryview(np.empty(size, np.uint8))  # not cleared first, as a bytearray would be
+        content = np.empty(size, np.uint8).data  # not cleared first, as a bytearray would be
         file = os.open(where, os.O_RDONLY)
         try:
             return content[: os.preadv(file, [content], offset)]
@@ -114,7 +115,7 @@ def read_many(places: Iterable[Place]) -> Iterator[bytes]:
     """The contents of many small files in order, from a store many at a time."""
     rest = iter(places)
     while batch := list(islice(rest, TOGETHER)):
-        yield from _read_together(batch) if is_remote(batch[0]) else map(read_bytes, batch)
+        yield from _read_together([p for p in batch if is_remote(p)]) if is_remote(batch[0]) else map(read_bytes, batch)
 
 
 def exists(where: Place) -> bool:
@@ -210,8 +211,8 @@ def remove(where: Place) -> None:
     return None
 
 
-def system(where: UPath) -> fsspec.AbstractFileSystem:
-    """The connection to a store: one a process, for fsspec's do not outlive a fork."""
+def system(where: UPath) -> Any:
+    """The connection to a store, whose methods are made at run time; one a process, for they do not outlive a fork."""
     return _connected(where.protocol, os.getpid())
 
 

@@ -126,7 +126,7 @@ class ShardWriter:
 
     def __init__(
         self,
-        folder: str | Path,
+        folder: str | Place,
         meta: SetMeta,
         *,
         samples_per_shard: int = 1000,
