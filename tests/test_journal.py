@@ -19,7 +19,7 @@ SECRETS = {
     "remote": "https://me:s3cret@example.org/repository",
     "list": ["sk-abcdefghijklmnopqrstuvwxyz", "0123456789abcdef0123456789abcdef01234567"],
 }
-HIDDEN = ("anything at all", "hunter2", "abc.def", "hf_", "s3cret", "sk-", "0123456789abcdef")
+HIDDEN = ("anything at all", "hunter2", "abc.def", "hf_abc", "s3cret", "sk-abc", "0123456789abcdef")
 
 
 def steps(folder) -> list[float]:
