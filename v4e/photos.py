@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
@@ -239,7 +240,8 @@ def _profile(content: bytes | None) -> tuple[ImageCms.ImageCmsProfile | None, st
     """A profile and its colour space; neither where there is none or it is broken."""
     try:
         profile = ImageCms.ImageCmsProfile(io.BytesIO(content or b""))
-        return profile, profile.profile.xcolor_space
+        handle: Any = profile.profile  # which pillow annotates as the file that it came from
+        return profile, handle.xcolor_space
     except (ImageCms.PyCMSError, OSError, TypeError):
         return None, ""
 
