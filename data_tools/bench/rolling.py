@@ -8,8 +8,10 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +25,7 @@ from data_tools.rollout import RolloutConfig, Worker
 from data_tools.rollout.plan import Plan
 from data_tools.rollout.spool import Spool, Unit
 from v4e.config import Wandb
+from v4e.data.disk import read_bytes
 from v4e.data.members import unpack
 from v4e.nouns import seed_of
 
@@ -118,10 +121,11 @@ def _ends(unit: Unit) -> list[Tensor]:
 
 def _plain(stock: WanImageToVideoPipeline, triplet: Triplet, steps: int, guidance: float) -> Tensor:
     """What a user of diffusers would write; final latents [C, t, h, w]."""
-    first, last = (Image.open(path).convert("RGB") for path in (triplet.source, triplet.edited))
+    first, last = (Image.open(BytesIO(read_bytes(path))).convert("RGB") for path in (triplet.source, triplet.edited))
     generator = torch.Generator().manual_seed(seed_of(0, triplet.id, "noise"))
     named = {"height": SIZE, "width": SIZE, "num_frames": FRAMES, "num_inference_steps": steps}
-    out = stock(
+    pipeline: Any = stock  # its annotations know no images and no outputs
+    out = pipeline(
         first, triplet.evolution, "", last_image=last, guidance_scale=guidance, generator=generator,
         output_type="latent", **named,
     )  # fmt: skip

@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from data_tools.rollout.spool import Made, Spool
 from data_tools.rollout.work import Models, Worker
 from v4e import config as settings_of
 from v4e import dist
-from v4e.data.disk import plain_folder, readable, writable
+from v4e.data.disk import plain_folder, read_bytes, readable, writable
 from v4e.data.members import WORDS
 from v4e.errors import ConfigError, DataError
 from v4e.journal import Bar, Journal
@@ -67,7 +68,7 @@ def _size_of(triplet: Triplet) -> Size:
     """Of its bucket, or else what the file's head says."""
     if triplet.size:
         return triplet.size
-    with readable(f"{triplet.source}, key {triplet.id}"), Image.open(triplet.source) as picture:
+    with readable(f"{triplet.source}, key {triplet.id}"), Image.open(BytesIO(read_bytes(triplet.source))) as picture:
         return picture.height, picture.width
 
 

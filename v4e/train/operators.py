@@ -15,5 +15,6 @@ def compilable() -> dict[str, tuple[str, str]]:
 def _fault(builder: str) -> str:
     if missing := [tool for tool in ("g++", "ninja") if shutil.which(tool) is None]:
         return f"no {' and no '.join(missing)}"
-    operator = get_accelerator().create_op_builder(builder)
+    accelerator = get_accelerator()
+    operator = accelerator.create_op_builder(builder) if accelerator is not None else None
     return "" if operator is not None and operator.is_compatible(verbose=False) else "its libraries are missing"
