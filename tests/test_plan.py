@@ -61,8 +61,9 @@ def test_what_passes():
     """An fp32 gradient; beside it its bf16 copy with fused kernels, Adam's root without."""
     assert plan.update(PLAYER, 2, 4, fused=True) == 250 * 6
     assert plan.update(PLAYER, 2, 4, fused=False) == 250 * 8
-    assert plan.gathered(PLAYER, 2) == 1800 and plan.gathered(replace(PLAYER, stage=2), 2) == 0
-    assert plan.gathered(replace(PLAYER, trained=BIG), 2) == 2 * plan.LIVE
+    assert [plan.gathered(replace(PLAYER, stage=s), 2, 4) for s in (2, 3)] == [0, 1800]
+    assert plan.gathered(PLAYER, 2, 1) == 0
+    assert plan.gathered(replace(PLAYER, trained=BIG), 2, 4) == 2 * plan.LIVE
     assert plan.buckets(PLAYER, 2, 50, overlap=True) == 200 and plan.buckets(PLAYER, 2, 5000, overlap=False) == 2000
 
 

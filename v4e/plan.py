@@ -188,9 +188,9 @@ def held(census: Census, low: int, ranks: int) -> float:
     return low * ((census.elements - census.whole) / ranks + 2 * census.whole)  # small ones: their part, and whole
 
 
-def gathered(census: Census, low: int) -> float:
-    """Bytes per rank of what ZeRO-3 has gathered of a player at the same time."""
-    return float(low * min(census.elements - census.whole, LIVE)) if census.stage == 3 else 0.0
+def gathered(census: Census, low: int, ranks: int) -> float:
+    """Bytes per rank of what ZeRO-3 has gathered of a player at the same time; a rank alone has it all already."""
+    return float(low * min(census.elements - census.whole, LIVE)) if census.stage == 3 and ranks > 1 else 0.0
 
 
 def update(census: Census, low: int, ranks: int, fused: bool) -> float:
@@ -331,7 +331,7 @@ def plan(recipe: Recipe, machine: Machine, data: Data) -> Plan:
     arithmetic = flops / machine.ranks / (machine.flops * machine.utilisation)
     return Plan(
         parts,
-        _compute(trained, frozen, low, loop, data, len(settings.get("student_blocks", ()))),
+        _compute(trained, frozen, low, recipe, data, machine.ranks),
         {"step": max(update(c, low, machine.ranks, machine.fused) for _, c in trained)},
         _host(trained, machine.ranks, loop),
         flops,
@@ -444,11 +444,12 @@ def _buckets(player: Player, c: Census, low: int, loop: Loop, machine: Machine) 
 Counted = Sequence[tuple[Player, Census]]
 
 
-def _compute(trained: Counted, frozen: Counted, low: int, loop: Loop, data: Data, taps: int) -> dict[str, float]:
-    S, S_teacher, batch = data.student.tokens, data.teacher.tokens, loop.micro_batch
-    whole = sum(gathered(c, low) for _, c in (*trained, *frozen))
-    kept = max(activations(c.shape, S, low, batch, loop.checkpointing) for _, c in trained)
-    seen = max((working(c.shape, S_teacher, low, batch, taps) for _, c in frozen), default=0.0)
+def _compute(trained: Counted, frozen: Counted, low: int, recipe: Recipe, data: Data, ranks: int) -> dict[str, float]:
+    S, S_teacher, loop = data.student.tokens, data.teacher.tokens, recipe.loop
+    taps = len(to_dict(recipe).get("student_blocks", ()))
+    whole = sum(gathered(c, low, ranks) for _, c in (*trained, *frozen))
+    kept = max(activations(c.shape, S, low, loop.micro_batch, loop.checkpointing) for _, c in trained)
+    seen = max((working(c.shape, S_teacher, low, loop.micro_batch, taps) for _, c in frozen), default=0.0)
     return {"gathered weights": whole, "activations": kept + seen}
 
 
