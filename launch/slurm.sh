@@ -41,7 +41,8 @@ submit() {
 job() {  # on the first node: one task on each, then requeue what was asked to stop
   local ranks="$1" device="$2" first port code=0
   shift 2
-  first="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
+  first="$(scontrol show hostnames "$SLURM_JOB_NODELIST")"
+  first="${first%%$'\n'*}"  # a pipe into head may kill scontrol, and pipefail this job
   port=$(( 20000 + SLURM_JOB_ID % 20000 ))
   # --wait ends the other nodes a minute after one has failed; at once would hide the codes of those that are saving.
   srun --ntasks-per-node 1 --kill-on-bad-exit=0 --wait 60 \
