@@ -31,7 +31,7 @@ from v4e.nouns import seed_of
 
 TEACHER = Path(v4e.__file__).parent / "assets/wan-nano/teacher"
 SIZE, FRAMES = 64, 9
-TOLERANCE = 1e-3  # of the final latents, whose standard deviation is about 1: other sums in fp32, over all steps
+TOLERANCE = 1e-4  # of the final latents, whose standard deviation is 1.3: other sums in fp32, over all steps
 
 
 @dataclass
