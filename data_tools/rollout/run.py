@@ -214,7 +214,8 @@ class _Watch:
                 resume_step=done if old else None,
                 writes=writes,
             )
-        self._open = self._journal.bar("roll out" if sets[0].worker.models.rolls else "encode", self._total, done)
+        title = "roll out" if sets[0].worker.models.rolls else "encode"
+        self._open = self._journal.bar(title, self._total, self._done())  # again: Weights & Biases takes its time
 
     def __enter__(self) -> "_Watch":
         self._bar: Bar = self._open.__enter__()
