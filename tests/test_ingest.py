@@ -237,6 +237,8 @@ def test_a_run_killed_anywhere_ends_with_the_same_bytes(raw, monkeypatch):
         raw.out = raw.folder.parent / f"killed-{moment}"
         killed(raw, moment)
         assert not (raw.out / "triplets.jsonl").exists()
+        (raw.out / "images" / "28").mkdir(parents=True, exist_ok=True)
+        (raw.out / "images" / "28" / ".tmp-k18.edited.png-1").touch()  # a worker's, caught in its write
         report = raw.take()
         assert moment in (1,) or report.reused > 0
         assert tree(raw.out) == whole

@@ -76,9 +76,8 @@ def train(args: argparse.Namespace) -> int:
     from v4e.train.run import train_recipe
 
     loop, ranks = recipe.loop, dist.start(recipe.loop.threads)
-    shards = ShardSet.open(
-        loop.data, verify="sizes" if ranks.rank else "index"
-    )  # a key met twice stops the run at once
+    # One rank reads every index, so that a key met twice stops the run at once.
+    shards = ShardSet.open(loop.data, verify="index" if ranks.is_main else "sizes")
 
     def stream(rank: int, world: int) -> Stream:
         sizes = {"batch": loop.batch, "micro_batch": loop.micro_batch, "rank": rank, "world": world}

@@ -161,7 +161,7 @@ def _photo(file: Image.Image, content: bytes, where: str, max_pixels: int) -> Ph
         what = f"{file.width} x {file.height} pixels, more than the {max_pixels} that are decoded"
         raise TooManyPixelsError(what, where=where, fix="shrink it first")
     if file.format == "PNG":
-        _check_png(content)
+        check_png(content)
     file.load()
     frames, suffix = int(getattr(file, "n_frames", 1)), _suffix(file)
     picture = _eight_bits(_upright(file))
@@ -172,7 +172,7 @@ def _photo(file: Image.Image, content: bytes, where: str, max_pixels: int) -> Ph
     return Photo(rgb, alpha, profile, suffix, frames)
 
 
-def _check_png(content: bytes) -> None:
+def check_png(content: bytes) -> None:
     """Every chunk against its checksum, which the decoder does not look at; ValueError if torn."""
     at, kind = 8, b""
     while kind != b"IEND":

@@ -24,7 +24,7 @@ from v4e.models.original import SIZES, diffusers_config
 from v4e.models.wan import WanBackbone
 from v4e.nouns import TEXT_TOKENS, Grid, Player
 from v4e.train.checkpoint import FILE_BYTES
-from v4e.train.engines import PERSISTENT, _choose, accumulation, deepspeed_config, is_hidden_matrix
+from v4e.train.engines import PERSISTENT, accumulation, choose, deepspeed_config, is_hidden_matrix
 from v4e.train.run import SHARD_BYTES
 from v4e.verbs import Recipe
 
@@ -347,7 +347,7 @@ def census(player: Player, loop: Loop) -> Census:
     with torch.device("meta"):
         module = (with_adapters(player, loop.lora) if player.trains and loop.lora.rank else player).build()
     assert isinstance(module, WanBackbone)
-    _choose(module, loop.train) if player.trains else module.requires_grad_(False)
+    choose(module, loop.train) if player.trains else module.requires_grad_(False)
     named = [
         (name, p.numel(), p.requires_grad, is_hidden_matrix(name, p.ndim)) for name, p in module.named_parameters()
     ]

@@ -39,12 +39,7 @@ class Figure:
         return f"at most {self.high:g}" if self.high is not None else ""
 
 
-# Each benchmark is a function without arguments that gives figures by name.
-BENCHES = {
-    "rolling": "data_tools.bench.rolling:measure",
-    "ingesting": "data_tools.bench.ingesting:bench",
-    "reading": "data_tools.bench.reading:measure",
-}
+BENCHES = ("rolling", "ingesting", "reading")  # modules beside this one, whose ``measure()`` gives figures by name
 FIGURES = {
     "rollout_speedup": Figure("roll-outs a second, against a loop over the stock pipeline", low=4),
     "rollout_dit_share": Figure("share of a roll-out's time inside the DiT's forward", low=0.85),
@@ -59,14 +54,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"only these: {', '.join(BENCHES)}")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
-    parser.add_argument("--one", choices=tuple(BENCHES), help=argparse.SUPPRESS)
+    parser.add_argument("--one", choices=BENCHES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
         print(json.dumps(_function(args.one)()))
         return 0
     if unknown := [name for name in args.names if name not in BENCHES]:
         raise ConfigError(f"no benchmark is called {unknown[0]!r}", fix=f"choose among {', '.join(BENCHES)}")
-    return report(args.names or tuple(BENCHES), args.out)
+    return report(args.names or BENCHES, args.out)
 
 
 def report(names: tuple[str, ...], out: Path) -> int:
@@ -122,8 +117,7 @@ def _alone(name: str) -> dict[str, float]:
 
 
 def _function(name: str) -> Callable[[], dict[str, float]]:
-    module, function = BENCHES[name].split(":")
-    return getattr(import_module(module), function)
+    return import_module(f"data_tools.bench.{name}").measure
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ class Lap:
     cpu: float
 
 
-def bench(edits: int = 144, turns: int = 5, workers: int = 2) -> dict[str, float]:
+def measure(edits: int = 144, turns: int = 5, workers: int = 2) -> dict[str, float]:
     """Ratios of the speeds, by name; ``ingest_ratio`` over JPEG and PNG together."""
     with tempfile.TemporaryDirectory() as folder:
         found = {}

@@ -2,14 +2,14 @@
 
 import io
 import math
-import struct
-import zlib
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps
+
+from v4e.photos import check_png
 
 Size = tuple[int, int]  # height, width
 STEP = 16  # sizes divide into whole latent patches: 8 pixels a latent, 2 latents a patch
@@ -42,7 +42,7 @@ def decode(content: bytes, max_pixels: int = MAX_PIXELS) -> tuple[Image.Image, s
         with Image.open(io.BytesIO(content), formats=FORMATS) as file:
             _refuse_bomb(file.width * file.height, max_pixels)
             if file.format == "PNG":
-                _check_png(content)
+                check_png(content)
             file.load()
             ImageOps.exif_transpose(file, in_place=True)
             return _to_rgb(file), (file.format or "").lower().replace("mpo", "jpeg")
@@ -108,19 +108,6 @@ def size_of(picture: Image.Image) -> Size:
 def _refuse_bomb(pixels: int, most: int) -> None:
     if pixels > most:
         raise Rejected("too many pixels", f"{pixels} pixels by its header, of at most {most} (--max-pixels)")
-
-
-def _check_png(content: bytes) -> None:
-    """Every chunk against its checksum, which the decoder does not look at; ValueError or struct.error if torn."""
-    at, kind = 8, b""
-    while kind != b"IEND":
-        size, kind = struct.unpack_from(">I4s", content, at)
-        if (
-            zlib.crc32(memoryview(content)[at + 4 : at + 8 + size])
-            != struct.unpack_from(">I", content, at + 8 + size)[0]
-        ):
-            raise ValueError(f"PNG chunk {kind.decode('latin-1')} at byte {at} does not agree with its checksum")
-        at += 12 + size
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:

@@ -15,7 +15,7 @@ import torch
 from xxhash import xxh3_128_hexdigest
 
 from data_tools.ingest.pictures import Rejected, Size, decode, fit_to
-from v4e.data.disk import TEMPORARY, hash_of, readable, scratch, settle, sync_folder, to_json
+from v4e.data.disk import TEMPORARY, flush, hash_of, readable, scratch, settle, to_json
 from v4e.data.places import Place, exists, is_remote, place, reaching, read_bytes, shown, system
 from v4e.errors import DataError
 from v4e.nouns import Clip
@@ -183,7 +183,7 @@ def _move(temporary: Path, path: Place) -> None:
         with reaching(path, "written"):
             return system(path).put_file(str(temporary), path.path)
     os.replace(temporary, path)
-    return sync_folder(path.parent)
+    return flush(path.parent)
 
 
 def _problems(triplet: Triplet) -> list[str]:

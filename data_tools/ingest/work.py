@@ -24,8 +24,8 @@ from data_tools.ingest.pictures import (
 )
 from data_tools.ingest.sources import Blob, Row, reach, rows
 from data_tools.ingest.triplets import LIST, Triplet, in_order, iterate, replacing
-from v4e.data.disk import agree, hash_of, lock, scratch, writable, write_atomically
-from v4e.data.places import Place, exists, make_folder, place, remove, shown
+from v4e.data.disk import TEMPORARY, agree, hash_of, lock, scratch, writable, write_atomically
+from v4e.data.places import Place, exists, is_remote, make_folder, place, remove, shown
 from v4e.errors import ConfigError, DataError
 from v4e.nouns import Grid
 
@@ -131,6 +131,7 @@ def ingest(
         make_folder(folder)
         with lock(scratch(folder) / ".ingest.lock"):
             agree(folder / "ingest.json", {"sizes": [list(s) for s in rules.sizes], "fit": fit})
+            _sweep(folder)
             report = _Work(folder, rules, layout, workers).run(watch(found))
     if report.fraction > max_reject_fraction:
         raise DataError(
@@ -297,6 +298,14 @@ class _Work:
         self.ledger.close()
         (scratch(self.out) / LEDGER).unlink()
         return report
+
+
+def _sweep(folder: Place) -> None:
+    """Take away what a killed run had half written; one that ended has left no ledger, and nothing else."""
+    if (scratch(folder) / LEDGER).exists() and not is_remote(folder):
+        for pattern in ("", "images/*/"):
+            for path in folder.glob(f"{pattern}{TEMPORARY}*"):
+                path.unlink()
 
 
 def _look(source: _Picture, edited: _Picture, size: Size) -> str:

@@ -56,7 +56,7 @@ def write_atomically(path: Place, content: bytes, *, durable: bool = True) -> No
         temporary.unlink(missing_ok=True)
         raise
     if durable:
-        sync_folder(path.parent)
+        flush(path.parent)
     return None
 
 
@@ -85,7 +85,7 @@ def publish(target: Place, source: Path | bytes) -> None:
         write_atomically(target, source)
     else:
         os.replace(source, target)
-        sync_folder(target.parent)
+        flush(target.parent)
 
 
 def copy(source: Place, target: Place) -> None:
@@ -110,9 +110,9 @@ def settle(file: IO[bytes]) -> None:
     os.fsync(file.fileno())
 
 
-def sync_folder(folder: Path) -> None:
-    """Make renames in a folder outlast a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
+def flush(path: Path) -> None:
+    """Make a file, or the renames in a folder, outlast a power cut."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -126,9 +126,7 @@ class Video4Edit:
         matches = self._matches_blocks and step % self.block_every == 0
         taps = self.student_blocks if matches else ()
         v, *hidden = players[turn](point.x_BCthw, point.sigma_B, batch.conditions, taps)
-        terms = self._terms(v, point, batch)
-        if own:
-            terms["own"] = self._own_term(v, point, batch)
+        terms = self._terms(v, point, batch, own)
         if matches:
             terms["block"] = self._block_term(players["teacher"], hidden, point, batch, batch.rollout)
         return Losses(terms, self.weights_at(step))
@@ -217,24 +215,23 @@ class Video4Edit:
         reached = Point(x, sigma_B, mean_v, point.end_BCthw, torch.full_like(point.kept_B, OWN))
         return choose(point.kept_B >= 0, reached, point)
 
-    def _terms(self, v: Tensor, point: Point, batch: EditBatch) -> dict[str, Tensor]:
+    def _terms(self, v: Tensor, point: Point, batch: EditBatch, own: bool) -> dict[str, Tensor]:
         region = losses.region_weight(batch.change_Bthw, self.edit_boost)
         on_grid_B = (point.kept_B >= 0).float() * batch.weight_B
         off_grid_B = (point.kept_B == OFF_GRID).float() * batch.weight_B
         few_B = on_grid_B * at_levels(point.sigma_B, self._few_levels.to(v.device))
         mean_v = flow.from_x0(point.x_BCthw, point.end_BCthw, point.sigma_B)
         tail = flow.to_x0(point.x_BCthw, v.float(), point.sigma_B)[:, :, -1:]
-        return {
+        terms = {
             "velocity": losses.squared(v, point.velocity_BCthw, on_grid_B, region),
             "trajectory": losses.squared(v, mean_v, few_B, region),
             "tail": losses.squared(tail, batch.tail_BChw[:, :, None], on_grid_B, region[:, :, -1:]),
             "flow": losses.squared(v, point.velocity_BCthw, off_grid_B, region),
         }
-
-    def _own_term(self, v: Tensor, point: Point, batch: EditBatch) -> Tensor:
-        own_B = (point.kept_B == OWN).float() * batch.weight_B
-        region = losses.region_weight(batch.change_Bthw, self.edit_boost)
-        return losses.squared(v, point.velocity_BCthw, own_B, region)
+        if own:
+            own_B = (point.kept_B == OWN).float() * batch.weight_B
+            terms["own"] = losses.squared(v, point.velocity_BCthw, own_B, region)
+        return terms
 
     def _block_term(
         self, teacher: Backbone, hidden: Sequence[Tensor], point: Point, batch: EditBatch, rollout: RolloutBatch

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from v4e import dist
 from v4e.config import Loop
+from v4e.data.disk import flush
 from v4e.dist import Ranks
 from v4e.errors import CheckpointError
 from v4e.train.engines import Cast
@@ -197,7 +198,7 @@ def _write(stem: Path, values: Iterable[tuple[str, Tensor]]) -> None:
 
 def _save_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
     save_file(dict(tensors), path)
-    _flush(path)
+    flush(path)
 
 
 def _devices() -> list[tuple[str, Tensor, Callable[[Tensor], None]]]:
@@ -233,19 +234,11 @@ def _seal(partial: Path, final: Path, hashes: Mapping[str, str]) -> None:
     """Flush what is not yet on the disk, then let the name appear."""
     (partial / SEAL).write_text(json.dumps({"files": hashes}, indent=1))
     for path in (partial / STATE, partial / SEAL, partial):
-        _flush(path)
+        flush(path)
     if final.exists():  # damaged, or it would have been gone on from
         os.replace(final, final.with_name(f".{final.name}.damaged.partial"))
     os.replace(partial, final)
-    _flush(final.parent)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    flush(final.parent)
 
 
 def _prune(folder: Path, loop: Loop) -> None:

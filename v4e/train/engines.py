@@ -350,7 +350,7 @@ def _frozen(module: nn.Module, config: dict[str, Any]) -> DeepSpeedEngine:
 def _trained(
     module: nn.Module, player: Player, stage: int, config: dict[str, Any], loop: Loop, ranks: Ranks
 ) -> DeepSpeedEngine:
-    _choose(module, loop.train)
+    choose(module, loop.train)
     groups = _groups(module.train(), player.optim)
     make = _optimizer(player.optim, ranks, loop.clip if stage == 0 and loop.precision == "fp32" else None)
     engine = _initialize(model=module, model_parameters=groups, optimizer=make, config=config)
@@ -359,7 +359,7 @@ def _trained(
     return engine
 
 
-def _choose(module: nn.Module, globs: Sequence[str]) -> None:
+def choose(module: nn.Module, globs: Sequence[str]) -> None:
     """Freeze the parameters that no glob names."""
     names = [name for name, p in module.named_parameters() if p.requires_grad]
     if idle := [glob for glob in globs if not any(fnmatchcase(name, glob) for name in names)]:
