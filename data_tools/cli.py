@@ -16,6 +16,7 @@ VERBS = {
     "filter": "leave out roll-outs that are not good enough",
     "merge": "make one shard folder of several",
     "reshard": "cut a set into shards of another size",
+    "migrate": "bring a set that an older v4e wrote up to date",
     "look": "show a shard folder on one HTML page",
 }
 

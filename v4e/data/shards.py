@@ -570,6 +570,15 @@ def _grid(values: Mapping) -> Grid:
     return Grid(values["T"], values["H"], values["W"], tuple(values["stride"]), tuple(values["patch"]))
 
 
+def refuse_format(found: object, where: str) -> None:
+    """DataError naming a format that this v4e does not read, with what to do about it."""
+    if found == FORMAT and not isinstance(found, bool):
+        return
+    newer = isinstance(found, int) and found > FORMAT
+    fix = "a newer v4e wrote it: update this one" if newer else "no v4e wrote such a one: make the set again"
+    raise DataError(f"format {found!r}, but this v4e reads format {FORMAT}", where=where, fix=fix)
+
+
 def read_manifest(folder: Place) -> tuple[SetMeta, list[ShardInfo]]:
     """What a finished folder says it holds.
 
@@ -590,8 +599,7 @@ def read_manifest(folder: Place) -> tuple[SetMeta, list[ShardInfo]]:
         ) from error
     with readable(str(path)):
         body = json.loads(content)
-        if body["format"] != FORMAT:
-            raise DataError(f"format {body['format']}, but this v4e reads format {FORMAT}", where=str(path))
+        refuse_format(body["format"], str(path))
         shards = [ShardInfo(**s) for s in body["shards"]]
     if strange := [s.name for s in shards if not SHARD.fullmatch(s.name)]:
         raise DataError(f"{strange[0]!r} is no shard's name", where=str(path))
