@@ -21,7 +21,7 @@ from data_tools.verify import codec_of
 from v4e import flow
 from v4e.data.disk import writable, write_atomically
 from v4e.data.members import to_png
-from v4e.data.places import place
+from v4e.data.places import Place, make_folder, place
 from v4e.data.shards import ShardSet
 from v4e.errors import DataError
 from v4e.journal import progress
@@ -39,14 +39,14 @@ STYLE = (Path(__file__).parent / "look.css").read_text()
 
 
 def look(
-    folder: str | Path,
-    page: str | Path,
+    folder: str | Place,
+    page: str | Place,
     *,
     codec: Codec | None = None,
     rows: int = 24,
     most: int = 2000,
     watch: Callable[[Sequence[int]], Iterable[int]] = iter,
-) -> Path:
+) -> Place:
     """Write the page.
 
     Args:
@@ -59,7 +59,7 @@ def look(
     Raises:
         DataError: the set is not whole, or the page cannot be written.
     """
-    whole, page = ShardSet.open(folder), Path(page)
+    whole, page = ShardSet.open(folder), place(page)
     found, measured = stats(folder, most=most, watch=watch)
     rated = sorted((r for r in measured if r.measures.fidelity is not None), key=lambda r: r.measures.fidelity or 0.0)
     worst = rated[: rows // 2]
@@ -73,8 +73,8 @@ def look(
         *_foot(whole, found),
     ]
     with writable(page.parent):
-        page.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(page, _page(place(folder).name, body).encode())
+        make_folder(page.parent)
+        write_atomically(page, _page(whole.folder.name, body).encode())
     return page
 
 
@@ -255,7 +255,7 @@ def _text(value: object) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `v4e-shards look`."""
     parser.add_argument("folder", help="shard folder or URL")
-    parser.add_argument("--page", default="", help="HTML file to write; look.html in the folder by default")
+    parser.add_argument("--page", default="", help="HTML file or URL to write; look.html in the folder by default")
     parser.add_argument("--codec", default="", help="model folder; decodes what the roll-outs came to")
     parser.add_argument("--rows", type=int, default=24, help="samples to show")
     parser.add_argument("--most", type=int, default=2000, help="samples to measure, evenly spread; 0 for all")
@@ -263,7 +263,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the verb."""
-    page, codec = args.page or Path(args.folder) / "look.html", codec_of(args.codec)
+    page, codec = args.page or place(args.folder) / "look.html", codec_of(args.codec)
     options = {"rows": args.rows, "most": args.most}
     print(look(args.folder, page, codec=codec, watch=lambda numbers: progress(numbers, "measure"), **options))
     return 0

@@ -1,5 +1,7 @@
 """`v4e-shards verify`: read every byte of a set and say what is wrong with it; `--repair` mends what can be mended.
 
+A folder that `ingest` wrote is checked too: every line of its list, every byte of its pictures.
+
 Nothing stops at the first fault: a set of a thousand shards should be mended once, not a thousand times. Every byte is
 held against something: the index against the manifest, members against the index, and what lies between them (tar
 headers, padding, the end) against what the writer puts there, which index and names determine.
@@ -9,7 +11,7 @@ import argparse
 import json
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -21,6 +23,8 @@ import numpy as np
 import torch
 from xxhash import xxh3_128_digest
 
+from data_tools.ingest.sources import count
+from data_tools.ingest.triplets import LIST, verify_triplets
 from v4e.data.disk import TEMPORARY, digest_of, hash_of, readable
 from v4e.data.index import Member
 from v4e.data.members import PICTURES, WORDS, declared, refuse_nonfinite, unpack
@@ -77,10 +81,15 @@ class Report:
     def lines(self, most: int = 20) -> Iterator[str]:
         """For a terminal: what was read, the first faults, their counts."""
         yield f"{self.shards} shards, {self.samples} samples read, {self.decoded} decoded"
-        yield from (f"{p.kind}: {p.detail}" for p in self.problems[:most])
-        if len(self.problems) > most:
-            yield f"... and {len(self.problems) - most} more"
+        yield from _first([f"{p.kind}: {p.detail}" for p in self.problems], most)
         yield from (f"{n} x {kind}" for kind, n in sorted(self.counts.items()))
+
+
+def _first(lines: Sequence[str], most: int = 20) -> Iterator[str]:
+    """For a terminal: not all of a million."""
+    yield from lines[:most]
+    if len(lines) > most:
+        yield f"... and {len(lines) - most} more"
 
 
 def psnr(a: Clip, b: Clip) -> float:
@@ -436,7 +445,7 @@ def codec_of(folder: str, whole: SetMeta | None = None) -> Codec | None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `v4e-shards verify`."""
-    parser.add_argument("folder", help="shard folder or URL")
+    parser.add_argument("folder", help="shard folder or URL, or one that ingest wrote")
     parser.add_argument("--codec", default="", help="model folder; some samples are decoded and compared")
     parser.add_argument("--decode", type=int, default=16, help="how many of them; 0 for all")
     parser.add_argument("--least-psnr", type=float, default=20.0, help="in dB, of a decoded frame against its picture")
@@ -448,6 +457,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the verb."""
+    if is_ingested(folder := place(args.folder)):
+        return _verify_edits(folder, args)
     codec = codec_of(args.codec, listed(place(args.folder), [])[0] if args.codec else None)
     report = verify(
         args.folder,
@@ -463,3 +474,17 @@ def run(args: argparse.Namespace) -> int:
 
         print("\n".join(repair(args.folder, report, most=args.most_dropped, seal=args.seal).lines()))
     return DataError.exit_code if report.problems else 0
+
+
+def is_ingested(folder: Place) -> bool:
+    """Whether a folder holds edits and no shards."""
+    return exists(folder / LIST) and not exists(folder / "settings.json")
+
+
+def _verify_edits(folder: Place, args: argparse.Namespace) -> int:
+    if args.codec or args.repair:
+        raise ConfigError("--codec and --repair are for shards", where=str(folder), fix="to mend edits, ingest again")
+    total = count(str(folder / LIST))
+    found = [*verify_triplets(folder, workers=args.workers, watch=lambda lines: progress(lines, "verify", total=total))]
+    print("\n".join([*_first(found), f"{len(found)} faults in {folder / LIST} and its pictures"]))
+    return DataError.exit_code if found else 0

@@ -20,8 +20,10 @@ from data_tools.evolve.writers import (
     Writer,
 )
 from data_tools.ingest import Triplet, iterate, write_triplets
+from data_tools.ingest.triplets import LIST
 from v4e import config as settings_of
-from v4e.data.disk import lock, plain_folder, readable, to_json, writable, write_atomically
+from v4e.data.disk import lock, readable, scratch, to_json, writable, write_atomically
+from v4e.data.places import Place, exists, make_folder, place, shown
 from v4e.errors import ConfigError, DataError
 from v4e.journal import open_bar
 
@@ -86,7 +88,7 @@ def _counts(counts: Counter[str]) -> str:
 
 
 def add_evolutions(
-    folder: str | Path,
+    folder: str | Place,
     writer: Writer | None = None,
     *,
     again: bool = False,
@@ -99,6 +101,7 @@ def add_evolutions(
     kept it from is. A killed run goes on where it stopped.
 
     Args:
+        folder: written by ingest, here or behind a URL; of a URL the log of what is finished is in a local folder.
         writer: the template by default.
         again: also rewrite what other writers, versions or settings wrote.
         max_fallback_fraction: a larger share of fallbacks is an error, after everything is written.
@@ -108,10 +111,11 @@ def add_evolutions(
         DataError: nothing was ingested there, another evolve is at work, instructions say nothing, too many fallbacks.
         V4EError: as the writer says.
     """
-    folder, writer = plain_folder(folder), writer or TemplateWriter()
-    if not folder.is_dir():
+    folder, writer = place(folder), writer or TemplateWriter()
+    if not exists(folder / LIST):
         next(iterate(folder), None)  # says what is missing
-    with writable(folder), lock(folder / ".evolve.lock"):
+    make_folder(folder)  # or says that it cannot be written
+    with writable(folder), lock(scratch(folder) / ".evolve.lock"):
         report = Report(writer.signature)
         unfit: list[bytes] = []  # of what a killed run finished, then of what this one did
         _fold(folder, report, lambda row, t: unfit.extend(_failure(row) if settled(t, report.writer, again) else []))
@@ -136,7 +140,7 @@ def settled(triplet: Triplet, signature: str, again: bool) -> bool:
     return not again
 
 
-def _write_missing(folder: Path, writer: Writer, again: bool, report: Report) -> None:
+def _write_missing(folder: Place, writer: Writer, again: bool, report: Report) -> None:
     """Ask for every prompt that is missing; each answer is in the log before the next is waited for."""
     keeps, total, fallen = Counter[str](), 0, 0
     for triplet in iterate(folder):
@@ -145,7 +149,7 @@ def _write_missing(folder: Path, writer: Writer, again: bool, report: Report) ->
             keeps[triplet.writer or "data"] += 1
     report.kept = keeps
     missing = (t for t in iterate(folder) if not settled(t, report.writer, again))
-    with open(folder / LOG, "ab") as log, open_bar("evolve", total, keeps.total()) as bar:
+    with open(scratch(folder) / LOG, "ab") as log, open_bar("evolve", total, keeps.total()) as bar:
         for drafts in writer.drafts(missing):
             log.write(b"".join(to_json(_row(draft, report.writer)) + b"\n" for draft in drafts))
             log.flush()
@@ -177,9 +181,9 @@ def _told(draft: Draft, signature: str) -> tuple[str, str, str]:
     return made.prompt, made.task, f"{TemplateWriter().signature} for {signature} ({why})"
 
 
-def _fold(folder: Path, report: Report, met: Callable[[Row, Triplet], object]) -> None:
+def _fold(folder: Place, report: Report, met: Callable[[Row, Triplet], object]) -> None:
     """Bring the log into the list, and end it."""
-    path = folder / LOG
+    path = scratch(folder) / LOG
     if not path.is_file():
         return
     places = _places(path)
@@ -217,18 +221,18 @@ def _failure(row: Row) -> list[bytes]:
     return [to_json({k: row[k] for k in ("id", "failure", "detail", "writer")}) + b"\n"] if row["failure"] else []
 
 
-def _refuse(report: Report, folder: Path, max_fallback_fraction: float) -> None:
+def _refuse(report: Report, folder: Place, max_fallback_fraction: float) -> None:
     if report.unwritten:
         some = ", ".join(report.unwritten[:5])
         raise DataError(
             f"{len(report.unwritten)} instructions say nothing: {some}",
-            where=str(folder),
+            where=shown(folder),
             fix="give them words in the source, and ingest again",
         )
     share = report.fallbacks.total() / max(1, report.written.total())
     if share > max_fallback_fraction:
         fix = f"see {UNFIT}; run again, or allow them with --max-fallback-fraction"
-        raise DataError(f"{share:.1%} of the prompts fell back to the template\n{report}", where=str(folder), fix=fix)
+        raise DataError(f"{share:.1%} of the prompts fell back to the template\n{report}", where=shown(folder), fix=fix)
 
 
 # ------------------------------------------------------------------------------------------------- arguments
@@ -237,7 +241,7 @@ def _refuse(report: Report, folder: Path, max_fallback_fraction: float) -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `v4e-shards evolve`."""
     add = parser.add_argument
-    add("folder", help="folder written by ingest")
+    add("folder", help="folder or URL written by ingest")
     add("overrides", nargs="*", metavar="key=value", help="settings of the writer, over those of the file")
     add("--writer", choices=("template", *SETTINGS), default="template", help="rules, a model here, or a server")
     add("--config", metavar="YAML", help="file with the writer's settings")
@@ -267,4 +271,4 @@ def _writer(args: argparse.Namespace) -> Writer:
     print(settings_of.to_yaml(settings))
     if isinstance(settings, LocalSettings):
         return LocalWriter.load(settings)
-    return ServerWriter.load(settings, plain_folder(args.folder))
+    return ServerWriter.load(settings, place(args.folder))

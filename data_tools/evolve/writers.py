@@ -1,18 +1,17 @@
 """Writers of evolution prompts behind one protocol: `template`, `local`, `server`."""
 
 import json
-import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from data_tools.evolve import answers, template
 from data_tools.ingest import Triplet
 from v4e import dist
-from v4e.data.disk import hash_of, to_json, write_atomically
+from v4e.data.disk import hash_of, to_json, writable, write_atomically
+from v4e.data.places import NotFoundError, Place, make_folder, place, read_bytes
 from v4e.errors import ConfigError, DataError, V4EError
 from v4e.models.vlm import LocalVlm, Question, Reply, ServerVlm, Vlm
 from v4e.nouns import Clip
@@ -137,7 +136,7 @@ class ServerSettings:
         side: longest side of a picture as it is sent, in pixels.
         timeout_s, retries, backoff_s, longest_wait_s: see ServerVlm.
         give_up_after: questions in a row that passing trouble kept from an answer, at which the run stops.
-        cache: folder of answers; ``answers`` in the triplets' folder by default.
+        cache: folder or URL of answers; ``answers`` in the triplets' folder by default.
         price_read, price_wrote: of a million tokens of questions and answers.
     """
 
@@ -158,26 +157,30 @@ class ServerSettings:
 
 
 class Cache:
-    """Answers on the disk, by all that determines them; an entry is there whole or not at all."""
+    """Answers in a folder, by all that determines them; an entry is there whole or not at all.
 
-    def __init__(self, folder: Path) -> None:
-        self._folder, self._lock = folder, threading.Lock()
+    Raises:
+        DataError: the folder cannot be read or written; an answer that is paid for must not be lost.
+    """
+
+    def __init__(self, folder: Place) -> None:
+        self._folder = folder
 
     def get(self, key: str) -> Reply | None:
         """A known reply; one that is damaged is not known."""
         try:
-            entry = json.loads(self._path(key).read_bytes())
+            entry = json.loads(read_bytes(self._path(key)))
             return Reply(text=str(entry["text"]), failure=str(entry["failure"]), detail=str(entry["detail"]))
-        except (OSError, ValueError, KeyError, TypeError):
+        except (NotFoundError, ValueError, KeyError, TypeError):
             return None
 
     def put(self, key: str, reply: Reply) -> None:
         entry = {"text": reply.text, "failure": reply.failure, "detail": reply.detail}
-        with self._lock:  # a question that was asked twice at once has one temporary file
-            self._path(key).parent.mkdir(parents=True, exist_ok=True)
+        with writable(self._folder):
+            make_folder(self._path(key).parent)
             write_atomically(self._path(key), to_json({**entry, "read": reply.read, "wrote": reply.wrote}))
 
-    def _path(self, key: str) -> Path:
+    def _path(self, key: str) -> Place:
         return self._folder / key[:2] / f"{key}.json"
 
 
@@ -190,7 +193,7 @@ class ServerWriter:
     cache: Cache
 
     @staticmethod
-    def load(settings: ServerSettings, folder: Path) -> "ServerWriter":
+    def load(settings: ServerSettings, folder: Place) -> "ServerWriter":
         """
         Args:
             folder: where answers are kept unless the settings say otherwise.
@@ -212,7 +215,7 @@ class ServerWriter:
             s.backoff_s,
             s.longest_wait_s,
         )
-        return ServerWriter(vlm, s, Cache(Path(s.cache) if s.cache else folder / "answers"))
+        return ServerWriter(vlm, s, Cache(place(s.cache) if s.cache else folder / "answers"))
 
     @property
     def signature(self) -> str:

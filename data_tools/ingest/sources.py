@@ -22,12 +22,12 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from data_tools.ingest.pictures import Rejected
+from data_tools.ingest.triplets import STATE
 from v4e.data.disk import hash_of
 from v4e.data.places import is_remote, place, reaching, shown, system
 from v4e.errors import DataError
 
 MAX_BYTES = 256 << 20  # of one picture's file or one line
-STATE = ("size", "mtime", "ETag", "etag", "LastModified", "last_modified", "md5Hash", "blob_id")
 PICTURE = ("png", "jpg", "jpeg", "webp", "tif", "tiff", "bmp", "gif", "avif", "jp2", "ppm")
 PICKLES = ("pkl", "pickle", "pyd", "pt", "pth", "npy", "npz", "joblib")
 PARTS = ("source", "edited", "mask")

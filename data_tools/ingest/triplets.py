@@ -24,6 +24,7 @@ X = TypeVar("X")
 Y = TypeVar("Y")
 LIST = "triplets.jsonl"
 PICTURES = ("source", "edited", "mask")
+STATE = ("size", "mtime", "ETag", "etag", "LastModified", "last_modified", "md5Hash", "blob_id")
 
 
 @dataclass(frozen=True)
@@ -112,12 +113,18 @@ def iterate(folder: str | Place) -> Iterator[Triplet]:
     Raises:
         DataError: nothing was ingested there, or a line is damaged; it names the line.
     """
+    for line, base, where in _lines(folder):
+        yield from_row(line, base, where)
+
+
+def _lines(folder: str | Place) -> Iterator[tuple[bytes, Place, str]]:
+    """The list line by line, each with what its files are relative to, and where it stands."""
     path = place(folder) / LIST
     if not exists(path):
         raise DataError(f"no {LIST}", where=shown(folder), fix="make it with v4e-shards ingest")
     with system(path).open(path.path, "rb") if is_remote(path) else open(path, "rb") as file:
         for number, line in enumerate(cast(Iterable[bytes], file), start=1):
-            yield from_row(line, path.parent, f"{shown(path)}, line {number}")
+            yield line, path.parent, f"{shown(path)}, line {number}"
 
 
 def write_triplets(folder: str | Place, triplets: Iterable[Triplet]) -> None:
@@ -128,10 +135,23 @@ def write_triplets(folder: str | Place, triplets: Iterable[Triplet]) -> None:
             file.write(to_row(triplet, base))
 
 
-def verify_triplets(folder: str | Place, *, workers: int = 2) -> Iterator[str]:
-    """Read every byte of every picture again; yields one sentence, with file and key, for each that is not as taken."""
+def verify_triplets(
+    folder: str | Place, *, workers: int = 2, watch: Callable[[Iterable], Iterable] = iter
+) -> Iterator[str]:
+    """Read the list and every byte of every picture again; yields a sentence, with file and key, for each fault.
+
+    Args:
+        watch: wraps the lines, for a progress bar.
+
+    Raises:
+        DataError: nothing was ingested there.
+    """
+    seen: set[int] = set()  # hashes of the ids: eight bytes each
     with ThreadPoolExecutor(workers) as pool:
-        for problems in in_order(pool, _problems, iterate(folder), 4 * workers):
+        for read, problems in in_order(pool, _problems, watch(_lines(folder)), 4 * workers):
+            if isinstance(read, Triplet) and hash(read.id) in seen:
+                problems = [f"{shown(place(folder) / LIST)}, key {read.id}: an earlier line has this id", *problems]
+            seen |= {hash(read.id)} if isinstance(read, Triplet) else set()
             yield from problems
 
 
@@ -167,30 +187,55 @@ def to_row(triplet: Triplet, base: Place) -> bytes:
 
 @contextmanager
 def replacing(path: Place) -> Iterator[IO[bytes]]:
-    """A file to write that takes the place of ``path`` when it is whole and on the disk."""
-    temporary = scratch(path.parent) / f"{TEMPORARY}{path.name}-{os.getpid()}"
+    """A file to write that takes the place of ``path`` when it is whole and on the disk.
+
+    Raises:
+        DataError: on a store, where no lock is seen by all machines: another writer has replaced it meanwhile.
+    """
+    temporary, before = scratch(path.parent) / f"{TEMPORARY}{path.name}-{os.getpid()}", _state(path)
     try:
         with open(temporary, "wb") as file:
             yield file
             settle(file)
-        _move(temporary, path)
+        _move(temporary, path, before)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _move(temporary: Path, path: Place) -> None:
+def _move(temporary: Path, path: Place, before: str) -> None:
     if is_remote(path):
+        if _state(path) != before:
+            fix = "run the same command again; nothing that was finished is lost"
+            raise DataError("another writer has replaced it meanwhile", where=shown(path), fix=fix)
         with reaching(path, "written"):
             return system(path).put_file(str(temporary), path.path)
     os.replace(temporary, path)
     return flush(path.parent)
 
 
-def _problems(triplet: Triplet) -> list[str]:
+def _state(path: Place) -> str:
+    """Of an object on a store, what changes when it is replaced."""
+    if not is_remote(path) or not exists(path):
+        return ""
+    with reaching(path):
+        return repr({key: value for key, value in system(path).info(path.path).items() if key in STATE})
+
+
+def _problems(line: tuple[bytes, Place, str]) -> tuple[Triplet | None, list[str]]:
+    """The triplet of a line, if it is one, and what is wrong with it."""
+    try:
+        triplet = from_row(*line)
+    except DataError as error:
+        return None, [str(error)]
+    return triplet, _faults(triplet)
+
+
+def _faults(triplet: Triplet) -> list[str]:
     found = []
     for name, path in triplet.files.items():
         try:
-            wrong = "changed since it was taken" if xxh3_128_hexdigest(read_bytes(path)) != triplet.hashes[name] else ""
+            changed = xxh3_128_hexdigest(read_bytes(path)) != triplet.hashes.get(name)
+            wrong = "changed since it was taken" if changed and triplet.hashes else ""
         except DataError as error:
             wrong = error.what
         if wrong:

@@ -61,13 +61,21 @@ class Claims:
 
     Nothing wrong can come of a lost claim: a unit done twice has the same bytes, under one name. Where a file system
     has no locks, every claim is granted and ``work`` is False.
+
+    Args:
+        everywhere: whether every rank of the set sees this file; those of a URL see that of their own machine.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, everywhere: bool = True) -> None:
         self._file = open(path, "ab")  # noqa: SIM115  held open: closing it gives up every claim
-        self.work = True
+        self.work, self._everywhere = True, everywhere
         with self.take(PROBE):
             pass
+
+    @property
+    def shared(self) -> bool:
+        """Whether a claim that is free here is free, so that a rank may do what others have not begun."""
+        return self.work and self._everywhere
 
     @contextmanager
     def take(self, number: int, wait: bool = False) -> Iterator[bool]:

@@ -2,7 +2,9 @@
 
 import json
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
@@ -11,31 +13,36 @@ import torch
 from PIL import Image
 
 from data_tools.ingest import Size, Triplet
+from data_tools.ingest.triplets import in_order
 from data_tools.rollout.config import NO_TEACHER, TYPES, RolloutConfig
 from data_tools.rollout.plan import Plan
 from data_tools.rollout.spool import Made, Spool
 from data_tools.rollout.work import Models, Worker
 from v4e import config as settings_of
 from v4e import dist
-from v4e.data.disk import plain_folder, read_bytes, readable, writable
+from v4e.data.disk import readable, scratch, writable, write_atomically
 from v4e.data.members import WORDS
+from v4e.data.places import Place, exists, is_remote, place, read_bytes, shown
 from v4e.errors import ConfigError, DataError
-from v4e.journal import Bar, Journal
+from v4e.journal import LINES, RUN, Bar, Journal
 
 LOOK_EVERY_S = 10.0  # how often the set is counted over all ranks, for the progress bar
+LOOKING = 0.05  # the most of its time that a rank spends on that
+JOURNAL, KEPT = "journal", (LINES, RUN)  # written here; of a URL brought to the store when the rank ends
+READERS = 8  # threads that hold finished samples against their triplets
 
 
-def rollout(triplets: Sequence[Triplet], out: str | Path, config: RolloutConfig) -> Path:
+def rollout(triplets: Sequence[Triplet], out: str | Place, config: RolloutConfig) -> Place:
     """Do one rank's share, and what others leave undone; whoever ends last writes the manifest.
 
-    Triplets of several sizes go into one set each, ``OUT/HEIGHTxWIDTH``.
+    Triplets of several sizes go into one set each, ``OUT/HEIGHTxWIDTH``. ``out`` is a local folder or a URL.
 
     Raises:
         DataError: triplets without a prompt, the folder was begun with other settings or triplets, a finished triplet
             has changed, too many cannot be used, or the disk is full.
         CheckpointError: the teacher is missing or damaged.
     """
-    out = plain_folder(out)
+    out = place(out)
     if config.teacher != NO_TEACHER and (bare := [t.id for t in triplets if not t.evolution]):
         raise DataError(f"{len(bare)} triplets have no evolution prompt, {bare[0]} first", fix="run v4e-shards evolve")
     config, models = _placed(config)
@@ -68,11 +75,12 @@ def _size_of(triplet: Triplet) -> Size:
     """Of its bucket, or else what the file's head says."""
     if triplet.size:
         return triplet.size
-    with readable(f"{triplet.source}, key {triplet.id}"), Image.open(BytesIO(read_bytes(triplet.source))) as picture:
+    content = BytesIO(read_bytes(triplet.source))
+    with readable(f"{shown(triplet.source)}, key {triplet.id}"), Image.open(content) as picture:
         return picture.height, picture.width
 
 
-def _home(out: Path, size: Size, sizes: int) -> Path:
+def _home(out: Place, size: Size, sizes: int) -> Place:
     return out if sizes == 1 else out / f"{size[0]}x{size[1]}"
 
 
@@ -90,7 +98,7 @@ def _placed(config: RolloutConfig) -> tuple[RolloutConfig, Models]:
 class _Set:
     """The triplets of one size, on their way to a shard folder."""
 
-    def __init__(self, models: Models, triplets: Sequence[Triplet], size: Size, out: Path, config: RolloutConfig):
+    def __init__(self, models: Models, triplets: Sequence[Triplet], size: Size, out: Place, config: RolloutConfig):
         self.worker, self.config = Worker(models, models.grids(size)), config
         self.plan = Plan(triplets, config.batch, max(1, config.samples_per_shard // config.batch))
         self.spool = Spool(out, self.plan, self.worker.meta, TYPES[config.stored])
@@ -127,17 +135,17 @@ class _Set:
         missing = self.spool.missing()
         own = set(self.own())
         others = [u for u in reversed(missing) if u not in own]
-        return [u for u in missing if u in own] + others * self.spool.claims.work
+        return [u for u in missing if u in own] + others * self.spool.claims.shared
 
     # Changed triplets ----------------------------------------------------------------------------------------------
 
     def changed(self) -> dict[int, list[str]]:
         """Own units that are safe but whose triplets are not what they were, each with what is different."""
-        missing, found = set(self.spool.missing()), {}
-        for unit in self.own():
-            if unit not in missing and (faults := self._differences(unit)):
-                found[unit] = faults
-        return found
+        missing = set(self.spool.missing())
+        safe = [unit for unit in self.own() if unit not in missing]
+        with ThreadPoolExecutor(READERS) as pool:
+            faults = in_order(pool, self._differences, safe, 2 * READERS)
+            return {unit: found for unit, found in zip(safe, faults, strict=True) if found}
 
     def _differences(self, unit: int) -> list[str]:
         try:
@@ -178,7 +186,7 @@ def _refuse_changed(sets: Sequence[_Set], config: RolloutConfig) -> None:
         if faults and config.changed == "refuse":
             raise DataError(
                 f"{len(faults)} finished triplets are not what they were: {'; '.join(faults[:3])}",
-                where=str(each.spool.folder),
+                where=shown(each.spool.folder),
                 fix="put the old ones back, or do these again with changed=reroll",
             )
         for unit in changed:
@@ -194,26 +202,25 @@ def _conclude(sets: Sequence[_Set], config: RolloutConfig) -> None:
         raise DataError(
             f"{len(rejects)} of {total} triplets could not be used, all others are written: {rejects[0].key}: "
             f"{rejects[0].reason}",
-            where=f"{sets[0].spool.folder}/*_rejects.jsonl",
+            where=f"{shown(sets[0].spool.folder)}/*_rejects.jsonl",
             fix="mend them and run again with changed=reroll, or allow them with max_reject_fraction",
         )
 
 
 class _Watch:
-    """Progress over all ranks, counted on the disk, since ranks may die and be added."""
+    """Progress over all ranks, counted in the folder, since ranks may die and be added."""
 
-    def __init__(self, out: Path, sets: Sequence[_Set], config: RolloutConfig, writes: bool) -> None:
-        self._sets, self._looked, self._began = sets, time.monotonic(), time.monotonic()
-        self._total, done = sum(len(s.plan.triplets) for s in sets), self._done()
-        old = (out / "journal" / "journal.jsonl").exists()
+    def __init__(self, out: Place, sets: Sequence[_Set], config: RolloutConfig, writes: bool) -> None:
+        self._sets, self._again, self._out = sets, time.monotonic() + LOOK_EVERY_S, out
+        self._total = sum(len(s.plan.triplets) for s in sets)
+        done = self._done()
         with writable(out):
-            self._journal = Journal(
-                out / "journal",
-                config.wandb,
-                settings_of.to_dict(config),
-                resume_step=done if old else None,
-                writes=writes,
-            )
+            home = scratch(out) / JOURNAL
+            if writes and is_remote(out):
+                _bring_journal(out / JOURNAL, home)
+            old = (home / LINES).exists()
+            said = settings_of.to_dict(config)
+            self._journal = Journal(home, config.wandb, said, resume_step=done if old else None, writes=writes)
         title = "roll out" if sets[0].worker.models.rolls else "encode"
         self._open = self._journal.bar(title, self._total, self._done())  # again: Weights & Biases takes its time
 
@@ -226,17 +233,31 @@ class _Watch:
             self.look(always=True)
         self._open.__exit__(None, None, None)
         self._journal.close(int(any(error)))
+        if self._journal.writes and is_remote(self._out):
+            for path in (self._journal.folder / name for name in KEPT):
+                if path.exists():
+                    write_atomically(self._out / JOURNAL / path.name, path.read_bytes())
 
     def look(self, always: bool = False) -> None:
         """Count now and then; counting a big set at each unit would cost more than it tells."""
-        now = time.monotonic()
-        if not self._journal.writes or (now - self._looked < LOOK_EVERY_S and not always):
+        began = time.monotonic()
+        if not self._journal.writes or (began < self._again and not always):
             return
-        self._looked, done = now, self._done()
-        numbers = {"rejects": sum(len(s.spool.rejects()) for s in self._sets)}
+        done, counts = self._done(), sum((s.spool.tally() for s in self._sets), Counter[str]())
+        numbers = {"rejects": counts["rejects"]}
         self._bar.advance(done - self._bar.done, **numbers)
         numbers |= {"samples": done, "samples_per_second": self._bar.rate, "seconds_left": self._bar.left_s}
-        self._journal.log(done, numbers)
+        self._journal.log(done, numbers | {f"packed_{k}": counts[k] for k in ("bytes", "seconds")})
+        now = time.monotonic()
+        self._again = now + max(LOOK_EVERY_S, (now - began) / LOOKING)
 
     def _done(self) -> int:
-        return sum(len(s.plan.unit(u)) for s in self._sets for u in set(s.plan.units) - set(s.spool.missing()))
+        return self._total - sum(len(s.plan.unit(unit)) for s in self._sets for unit in s.spool.missing())
+
+
+def _bring_journal(stored: Place, home: Path) -> None:
+    """The journal that another machine began; one that is here already was killed, and holds more."""
+    home.mkdir(exist_ok=True)
+    for name in KEPT:
+        if not (home / name).exists() and exists(stored / name):
+            write_atomically(home / name, read_bytes(stored / name))

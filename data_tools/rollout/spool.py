@@ -1,18 +1,45 @@
-"""What is finished of a set: units in ``.units``, each a file, then shards of them, each seen whole or not at all."""
+"""What is finished of a set: units in ``.units``, each a file, then shards of them, each seen whole or not at all.
+
+All of it lies in the set's folder, here or behind a URL, so that any machine can go on; but for the claims, which are
+locks, and tars that are being packed: of a URL these are in a local folder.
+"""
 
 import json
-import os
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from data_tools.rollout.plan import MANIFEST, SHARDS_FROM, Claims, Plan
-from v4e.data.disk import TEMPORARY, agree, digest_of, hash_of, readable, to_json, writable, write_atomically
+from v4e.data.disk import (
+    TEMPORARY,
+    agree,
+    digest_of,
+    hash_of,
+    publish,
+    readable,
+    scratch,
+    to_json,
+    writable,
+    write_atomically,
+)
 from v4e.data.members import MEMBERS, WORDS
-from v4e.data.places import read_bytes
+from v4e.data.places import (
+    NotFoundError,
+    Place,
+    exists,
+    is_remote,
+    make_folder,
+    names,
+    read_bytes,
+    read_many,
+    remove,
+    shown,
+)
 from v4e.data.shards import Index, SetMeta, ShardInfo, ShardSet, finish, index_path, write_shard
 from v4e.errors import DataError
 
@@ -70,34 +97,36 @@ class Spool:
     """A set on its way.
 
     Args:
-        folder: of the set; made if missing.
+        folder: of the set, a local one, made if missing, or a URL.
         plan: its units and shards.
         meta: what it is; a folder begun with another one is refused.
 
     Raises:
-        DataError: the folder was begun with other settings or triplets.
+        DataError: the folder was begun with other settings or triplets, or cannot be written.
     """
 
-    def __init__(self, folder: Path, plan: Plan, meta: SetMeta, dtype: torch.dtype) -> None:
+    def __init__(self, folder: Place, plan: Plan, meta: SetMeta, dtype: torch.dtype) -> None:
         self.folder, self.plan, self.meta = folder, plan, meta
         with writable(folder):
-            (folder / UNITS).mkdir(parents=True, exist_ok=True)
+            make_folder(folder / UNITS)
             agree(folder / "settings.json", {**meta.to_dict(), "layout": _layout(plan, dtype)})
             self._agree_on_triplets()
-        self.claims = Claims(folder / ".claims")
+            self.claims = Claims(scratch(folder) / ".claims", everywhere=not is_remote(folder))
+        self._opened = lru_cache(maxsize=8)(self._open)
+        self._counts, self._counted = Counter[str](), set[int]()
 
     # What is there -------------------------------------------------------------------------------------------------
 
     def has(self, unit: int) -> bool:
         """Whether a unit is safe. Its shard's index appears before its file goes, so this order misses nothing."""
-        return self._path(unit).exists() or self.is_packed(self.plan.shard_of(unit))
+        return exists(self._path(unit)) or self.is_packed(self.plan.shard_of(unit))
 
     def is_packed(self, shard: int) -> bool:
-        return index_path(self.tar(shard)).exists() and self.tar(shard).exists()
+        return exists(index_path(self.tar(shard))) and exists(self.tar(shard))
 
     def missing(self) -> list[int]:
         """Units that are not safe yet, from two listings."""
-        saved = set(os.listdir(self.folder / UNITS))
+        saved = names(self.folder / UNITS)  # before the shards: a unit's file goes when its shard is there
         packed = self._packed()
         return [
             unit
@@ -115,16 +144,31 @@ class Spool:
         """
         path = self._path(unit)
         try:
-            content = path.read_bytes()
-        except FileNotFoundError:  # it has been packed, perhaps just now
+            content = read_bytes(path)
+        except NotFoundError:  # it has been packed, perhaps just now
             return self._from_shard(unit, kinds)
-        return Unit.from_bytes(content, str(path))
+        return Unit.from_bytes(content, shown(path))
 
     def rejects(self) -> list[Reject]:
         """All triplets of the packed shards that could not be used."""
-        return [r for shard in self.plan.shards for r in read_rejects(self.tar(shard))]
+        there = names(self.folder)
+        paths = (path for shard in self.plan.shards if (path := rejects_path(self.tar(shard))).name in there)
+        return [reject for content in read_many(paths) for reject in _rejects_in(content)]
 
-    def tar(self, shard: int) -> Path:
+    def tally(self) -> Counter[str]:
+        """Samples, bytes, seconds of work and rejects of all packed shards, by the ``_stats.json`` beside them.
+
+        Each is read once; what is no sample of a packed shard was of no use.
+        """
+        for shard in sorted(self._packed() - self._counted):
+            sheet = self._sheet(shard)
+            triplets = sum(len(self.plan.unit(unit)) for unit in self.plan.units_of(shard))
+            self._counts.update({k: sheet[k] for k in ("samples", "bytes", "seconds")})
+            self._counts["rejects"] += triplets - sheet["samples"]
+            self._counted.add(shard)
+        return self._counts
+
+    def tar(self, shard: int) -> Place:
         return self.folder / f"000-{shard:06d}.tar"
 
     # What is done --------------------------------------------------------------------------------------------------
@@ -139,79 +183,96 @@ class Spool:
         """Make a shard of its units, when all are there; several ranks may try at once."""
         units = self.plan.units_of(shard)
         with self.claims.take(SHARDS_FROM + shard, wait=True), writable(self.folder):
-            if not self.is_packed(shard) and all(self._path(u).exists() for u in units):
+            if not self.is_packed(shard) and {self._path(u).name for u in units} <= names(self.folder / UNITS):
                 outcomes = [self.outcome(u) for u in units]
                 self._write_rejects(shard, [r for o in outcomes for r in o.rejects])
                 write_shard(self.tar(shard), (m for o in outcomes for m in o.made), sum(o.seconds for o in outcomes))
             if self.is_packed(shard):
                 for unit in units:
-                    self._path(unit).unlink(missing_ok=True)
+                    remove(self._path(unit))
 
     def drop(self, unit: int) -> None:
         """Forget a unit, to be done again; the others of its shard stay safe."""
         shard = self.plan.shard_of(unit)
         with self.claims.take(SHARDS_FROM + shard, wait=True), writable(self.folder):
-            (self.folder / "manifest.json").unlink(missing_ok=True)
+            remove(self.folder / "manifest.json")
             others = [u for u in self.plan.units_of(shard) if u != unit]
             if self.is_packed(shard):
                 for other in others:
                     write_atomically(self._path(other), self._from_shard(other, MEMBERS).to_bytes())
-                index_path(self.tar(shard)).unlink()
-                self.tar(shard).unlink()
-            self._path(unit).unlink(missing_ok=True)
+            for path in (index_path(self.tar(shard)), self.tar(shard), self._path(unit)):  # a tar alone is no shard
+                remove(path)
+            self._opened.cache_clear()
 
     def finish(self) -> bool:
         """Write the manifest if every shard is there; whether it is."""
         if len(self._packed()) < len(self.plan.shards):
             return False
         with self.claims.take(MANIFEST, wait=True), writable(self.folder):
-            if not (self.folder / "manifest.json").exists() and len(finish(self.folder).shards) < len(self.plan.shards):
-                (self.folder / "manifest.json").unlink()
+            manifest = self.folder / "manifest.json"
+            if not exists(manifest) and len(finish(self.folder).shards) < len(self.plan.shards):
+                remove(manifest)
                 fix = "run v4e-shards verify with --repair, then this command again"
-                raise DataError("a shard is not whole", where=str(self.folder), fix=fix)
-            for path in (self.folder / UNITS).glob(f"{TEMPORARY}*"):  # of ranks that were killed
-                path.unlink(missing_ok=True)
+                raise DataError("a shard is not whole", where=shown(self.folder), fix=fix)
+            for name in names(self.folder / UNITS):  # of ranks that were killed
+                if name.startswith(TEMPORARY):
+                    remove(self.folder / UNITS / name)
         return True
 
     # Details -------------------------------------------------------------------------------------------------------
 
-    def _path(self, unit: int) -> Path:
+    def _path(self, unit: int) -> Place:
         return unit_path(self.folder, unit)
 
     def _packed(self) -> set[int]:
-        names = set(os.listdir(self.folder))
-        return {shard for shard in self.plan.shards if {(tar := self.tar(shard)).name, index_path(tar).name} <= names}
+        there = names(self.folder)
+        return {shard for shard in self.plan.shards if {(tar := self.tar(shard)).name, index_path(tar).name} <= there}
 
-    def _from_shard(self, unit: int, kinds: Sequence[str]) -> Unit:
-        tar = self.tar(self.plan.shard_of(unit))
+    def _sheet(self, shard: int) -> Mapping:
+        """A shard's statistics; what its index says of them where they are lost."""
+        tar = self.tar(shard)
+        try:
+            with readable(shown(path := tar.with_name(f"{tar.stem}_stats.json"))):
+                return json.loads(read_bytes(path))
+        except DataError:
+            index = self._opened(shard)[0].index(0)
+            return {"samples": len(index), "bytes": index.bytes, "seconds": 0.0}
+
+    def _open(self, shard: int) -> tuple[ShardSet, list[Reject]]:
+        """A packed shard as a set of its own, and what was of no use."""
+        tar = self.tar(shard)
         content = read_bytes(index_path(tar))
         index = Index(index_path(tar), content)
-        shard = ShardSet(self.folder, self.meta, [ShardInfo(tar.name, len(index), index.bytes, hash_of(content))])
-        keys, made = {triplet.id for triplet in self.plan.unit(unit)}, []
+        info = ShardInfo(tar.name, len(index), index.bytes, hash_of(content))
+        return ShardSet(self.folder, self.meta, [info]), read_rejects(tar)
+
+    def _from_shard(self, unit: int, kinds: Sequence[str]) -> Unit:
+        shard, rejects = self._opened(self.plan.shard_of(unit))
+        index, keys, made = shard.index(0), {triplet.id for triplet in self.plan.unit(unit)}, []
         for row in (row for row, key in enumerate(index.keys) if key in keys):
             members = {kind: shard.raw(row, kind) or b"" for kind in index.members(row) if kind in kinds}
             made.append(Made(index.keys[row], json.loads(members[WORDS])["task"], members))
-        return Unit(made, [r for r in read_rejects(tar) if r.key in keys])
+        return Unit(made, [r for r in rejects if r.key in keys])
 
     def _write_rejects(self, shard: int, rejects: Sequence[Reject]) -> None:
         path = rejects_path(self.tar(shard))
-        path.unlink(missing_ok=True)
+        remove(path)
         if rejects:
             write_atomically(path, b"".join(to_json(asdict(r)) + b"\n" for r in rejects))
 
     def _agree_on_triplets(self) -> None:
         """Units are made of consecutive triplets, so another list would make other units."""
         path, now = self.folder / IDS, [t.id for t in self.plan.triplets]
-        if not path.exists():
-            return write_atomically(path, to_json(now))
-        with readable(str(path)):
+        if not exists(path):
+            return publish(path, to_json(now))
+        with readable(shown(path)):
             before = json.loads(read_bytes(path))
         if before != now:
             new, gone = (sorted(set(a) - set(b)) for a, b in ((now, before), (before, now)))
             raise DataError(
                 f"this folder was begun with other triplets: {len(before)} were listed and {len(now)} are now, "
                 f"new: {_some(new)}, gone: {_some(gone)}",
-                where=str(path),
+                where=shown(path),
                 fix="roll new triplets into a folder of their own; v4e-shards merge joins the two",
             )
         return None
@@ -237,18 +298,24 @@ def give_back(folder: Path, shard: str, good: Iterable[Made]) -> None:
             write_atomically(unit_path(folder, at // batch), unit.to_bytes())
 
 
-def unit_path(folder: Path, unit: int) -> Path:
+def unit_path(folder: Place, unit: int) -> Place:
     return folder / UNITS / f"{unit:08d}.unit"
 
 
-def rejects_path(tar: Path) -> Path:
+def rejects_path(tar: Place) -> Place:
     return tar.with_name(f"{tar.stem}_rejects.jsonl")
 
 
-def read_rejects(tar: Path) -> list[Reject]:
+def read_rejects(tar: Place) -> list[Reject]:
     """The triplets of a shard that could not be used."""
-    path = rejects_path(tar)
-    return [Reject(**json.loads(line)) for line in path.read_bytes().splitlines()] if path.exists() else []
+    try:
+        return _rejects_in(read_bytes(rejects_path(tar)))
+    except NotFoundError:
+        return []
+
+
+def _rejects_in(content: bytes) -> list[Reject]:
+    return [Reject(**json.loads(line)) for line in content.splitlines()]
 
 
 def _unit_and_shard(settings: Mapping) -> tuple[int, int]:

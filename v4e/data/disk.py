@@ -5,8 +5,8 @@ import fcntl
 import hashlib
 import json
 import os
-import re
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,13 +31,6 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 TEMPORARY = ".tmp-"  # what a killed writer leaves begins with this
 
 
-def plain_folder(folder: str | Path) -> Path:
-    """A local path; webdataset's ``pipe:`` and other URLs would run a shell or a download, and are refused."""
-    if re.match(r"\s*(pipe:|[a-z][a-z0-9+.-]*://)", str(folder)):
-        raise DataError("a shard folder is a local path, not a URL", where=str(folder), fix="copy the set here first")
-    return Path(folder)
-
-
 def write_atomically(path: Place, content: bytes, *, durable: bool = True) -> None:
     """Write a file that is seen whole or not at all, even after a power cut unless ``durable`` is false.
 
@@ -45,7 +38,8 @@ def write_atomically(path: Place, content: bytes, *, durable: bool = True) -> No
     """
     if is_remote(path):
         return put(path, content)
-    temporary = path.with_name(f"{TEMPORARY}{path.name}-{os.getpid()}")  # two writers may begin one folder at once
+    writer = f"{os.getpid()}-{threading.get_ident()}"  # two may begin one file at once
+    temporary = path.with_name(f"{TEMPORARY}{path.name}-{writer}")
     try:
         with open(temporary, "wb") as file:
             file.write(content)
@@ -127,7 +121,7 @@ def agree(path: Place, settings: Mapping[str, object]) -> None:
     """
     now = json.loads(to_json(settings))
     if not exists(path):
-        return write_atomically(path, to_json(now))
+        return publish(path, to_json(now))
     with readable(shown(path)):
         before = json.loads(read_bytes(path))
     if changed := sorted(_differences(before, now)):

@@ -142,6 +142,14 @@ def sizes(folder: Place) -> dict[str, int]:
         return {}
 
 
+def names(folder: Place) -> set[str]:
+    """Names in a folder, from one listing that looks at no file; nothing where there is no folder."""
+    if is_remote(folder):
+        return set(sizes(folder))
+    with reaching(folder):
+        return set(os.listdir(folder)) if folder.is_dir() else set()
+
+
 def listable(where: Place) -> bool:
     """Whether it can be asked what a folder holds."""
     return not is_remote(where) or where.protocol not in ("http", "https")
@@ -230,10 +238,11 @@ def _remote_range(where: UPath, offset: int, size: int) -> bytes:
 
 def _read_together(places: Sequence[UPath]) -> Iterator[bytes]:
     with reaching(places[0].parent):
-        found = system(places[0]).cat([p.path for p in places], on_error="return")
+        there = system(places[0])
+        found = there.cat([p.path for p in places], on_error="return")
     for at in places:
         with reaching(at):
-            if isinstance(content := found[at.path], Exception):
+            if isinstance(content := found[there._strip_protocol(at.path)], Exception):
                 raise content
             yield content
 

@@ -1,0 +1,328 @@
+"""The whole offline stage on stores: every verb takes URLs, and a kill costs no more there than on a disk."""
+
+import json
+import multiprocessing
+import os
+import signal
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+from test_rollout import picture, settings
+
+from data_tools import cli, evolve
+from data_tools.evolve import writers
+from data_tools.ingest import ingest, read_triplets, verify_triplets, write_triplets
+from data_tools.ingest.triplets import to_row
+from data_tools.rollout import Worker, rollout
+from data_tools.rollout.spool import Spool
+from v4e import journal
+from v4e.data import disk, places
+from v4e.data.places import exists, names, place, put, put_new, read_bytes, sizes
+from v4e.data.shards import ShardSet
+from v4e.errors import DataError
+from v4e.models.vlm import Reply
+
+pytest.importorskip("moto.server")
+from test_storage import s3  # noqa: E402, F401  (a fixture; the module needs moto)
+
+FORK = multiprocessing.get_context("fork")
+COUNT = 5
+
+
+@pytest.fixture
+def url(s3, request) -> str:  # noqa: F811
+    return f"{s3}/{request.node.name}".replace("[", "-").replace("]", "")
+
+
+@pytest.fixture(autouse=True)
+def machine(tmp_path_factory, monkeypatch):
+    """Go to another machine: one whose local folders know nothing of earlier work."""
+
+    def go(name: str) -> None:
+        folder = tmp_path_factory.mktemp(name)
+        monkeypatch.setattr(tempfile, "tempdir", str(folder))
+
+    go("here")
+    return go
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory) -> Path:
+    """Raw edits, what was made of them on the disk by the same verbs, and what a store is held against."""
+    home = tmp_path_factory.mktemp("local")
+    rows = []
+    for i in range(COUNT):
+        names = [f"{kind}{i}.png" for kind in ("source", "edited")]
+        for n, name in enumerate(names):
+            picture(100 * n + i).save(home / name)
+        rows.append({"id": f"t{i}", "instruction": f"make sky {i} red", "source": names[0], "edited": names[1]})
+    (home / "raw.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ingest(home / "raw.jsonl", home / "edits", (32, 32))
+    evolve.add_evolutions(home / "edits")
+    rollout(read_triplets(home / "edits"), home / "set", settings())
+    return home
+
+
+def upload(local: Path, url: str) -> None:
+    """A folder as it is, with the folders in it."""
+    for path in (p for p in local.rglob("*") if p.is_file() and not p.name.startswith(".")):
+        put_new(place(url) / str(path.relative_to(local)), path)
+
+
+def tars(folder: Path | str) -> dict[str, bytes]:
+    """Every byte that counts of a set: tars, indexes, manifest, settings."""
+    there = place(folder)
+    wanted = [n for n in sizes(there) if n.endswith((".tar", ".index.json", "manifest.json", "settings.json"))]
+    return {name: read_bytes(there / name) for name in sorted(wanted)}
+
+
+def worked_on(monkeypatch) -> list[list[str]]:
+    """The units that are begun from now on."""
+    real, made = Worker.work, []
+    monkeypatch.setattr(Worker, "work", lambda self, unit: made.append([t.id for t in unit]) or real(self, unit))
+    return made
+
+
+# --------------------------------------------------------------------------------------------------- every verb
+
+
+def test_every_verb_reads_and_writes_a_store(url, local, capsys):
+    """By the command line, from a list on the store to a page on the store; the same bytes as on the disk."""
+    for path in local.glob("*.*"):
+        put_new(place(url) / path.name, path)
+    edits, shards, config = f"{url}/edits", f"{url}/set", settings()
+    words = [f"{k}={getattr(config, k)}" for k in ("height", "width", "teacher_frames", "guidance", "batch", "dtype")]
+    words += ["step_counts=[1,2]", "samples_per_shard=2", "stored=fp32", "attention=native", "dataset=tests"]
+    for command in (
+        ["ingest", f"{url}/raw.jsonl", edits, "--height", "32", "--width", "32"],
+        ["evolve", edits],
+        ["verify", edits],
+        ["rollout", edits, shards, "--teacher", config.teacher, *words, "wandb.mode=disabled", "parts=1"],
+        ["verify", shards, "--codec", config.teacher, "--least-psnr", "0"],
+        ["stats", shards, "--json"],
+        ["filter", shards, "tasks=[add,colour]", "--out", f"{url}/good", "--drops", f"{url}/drops.jsonl"],
+        ["merge", shards, "--out", f"{url}/merged"],
+        ["reshard", f"{url}/merged", f"{url}/cut", "--samples-per-shard", "4"],
+        ["look", f"{url}/cut"],
+    ):
+        assert cli.main(command) == 0, (command, capsys.readouterr())
+    assert tars(shards) == tars(local / "set")
+    assert read_bytes(place(edits) / "triplets.jsonl") != b""
+    assert [replace(t, stamp="") for t in read_triplets(edits)] == [
+        replace(t, stamp="", **{k: place(edits) / p.relative_to(local / "edits") for k, p in t.files.items()})
+        for t in read_triplets(local / "edits")
+    ]
+    assert [len(ShardSet.open(f"{url}/{name}")) for name in ("good", "merged", "cut")] == [COUNT] * 3
+    page = read_bytes(place(url) / "cut/look.html").decode()
+    assert page.startswith("<!doctype html>") and "make sky 4 red" in page
+    assert not Path("s3:").exists()
+
+
+@pytest.mark.parametrize("scheme", ["gs", "hf"])
+def test_other_stores_by_a_stand_in(scheme, local, monkeypatch):
+    """What v4e itself does with gs:// and hf://, on a file system of fsspec's own; their servers are not tried."""
+    stand_in(scheme, monkeypatch)
+    ingest(local / "raw.jsonl", f"{scheme}://lab/edits", (32, 32))
+    evolve.add_evolutions(f"{scheme}://lab/edits")
+    rollout(read_triplets(f"{scheme}://lab/edits"), f"{scheme}://lab/set", settings())
+    assert tars(f"{scheme}://lab/set") == tars(local / "set")
+    assert cli.main(["verify", f"{scheme}://lab/set"]) == 0
+    with pytest.raises(DataError, match=r"guidance was 2\.0 and is now 4\.0"):
+        rollout(read_triplets(f"{scheme}://lab/edits"), f"{scheme}://lab/set", settings(guidance=4.0))
+    with pytest.raises(DataError, match="another writer has made this file"):
+        put_new(place(f"{scheme}://lab/set/000-000000.tar"), b"other bytes")
+
+
+def stand_in(scheme: str, monkeypatch) -> None:
+    """A store in memory under the name of a real one."""
+
+    class Kept(MemoryFileSystem):
+        protocol, store, pseudo_dirs = scheme, {}, [""]
+
+        @classmethod
+        def _strip_protocol(cls, path):
+            return super()._strip_protocol(str(path).removeprefix(f"{scheme}://"))
+
+    monkeypatch.setattr(places, "_connected", lambda protocol, pid: Kept(skip_instance_cache=True))
+
+
+@pytest.mark.parametrize("verb", ["evolve", "rollout", "verify", "stats", "filter", "reshard", "merge", "look"])
+@pytest.mark.parametrize(("where", "why"), [("pipe:rm -rf x", "neither"), ("https://me:pw@host/x", "credentials")])
+def test_no_verb_opens_what_would_run_a_shell_or_tell_a_password(verb, where, why, local, capsys):
+    more = {
+        "rollout": [str(local / "out"), "--teacher", "none", "codec=x"],
+        "filter": ["tasks=[add]", "--dry-run"],
+        "reshard": [str(local / "out"), "--samples-per-shard", "2"],
+        "merge": ["--out", str(local / "out")],
+    }
+    assert cli.main([verb, where, *more.get(verb, [])]) == DataError.exit_code
+    told = capsys.readouterr().err
+    assert why in told and "pw@" not in told
+    if verb == "rollout":
+        words = ["--teacher", settings().teacher]
+        assert cli.main([verb, str(local / "edits"), where, *words]) == DataError.exit_code
+
+
+# ---------------------------------------------------------------------------------------------- rolling out to S3
+
+
+def stuck(rows, out: str, unit: int, step: str, say) -> None:
+    """A rank that stops for ever at that unit: in its work, or when its shard's index is to be uploaded."""
+
+    def wait(*_):
+        say.send("stuck")
+        signal.pause()
+
+    work, put = Worker.work, disk.put_new
+    if step == "work":
+        Worker.work = lambda self, pairs: wait() if pairs[0].id == rows[unit].id else work(self, pairs)
+    else:
+        disk.put_new = lambda where, source: wait() if where.name.endswith("1.index.json") else put(where, source)
+    rollout(rows, out, settings())
+
+
+@pytest.mark.parametrize(
+    ("unit", "step", "left"),
+    [(2, "work", [["t2", "t3"], ["t4"]]), pytest.param(2, "index", [["t4"]], marks=pytest.mark.slow)],
+)
+def test_sigkill_in_a_rollout_to_s3(url, local, monkeypatch, machine, unit, step, left):
+    """One batch is lost and no other; another machine, which has nothing but the store, goes on to the same bytes."""
+    rows = read_triplets(local / "edits")
+    listen, say = FORK.Pipe()
+    rank = FORK.Process(target=stuck, args=(rows, url, unit, step, say))
+    rank.start()
+    assert listen.poll(120) and listen.recv() == "stuck"
+    os.kill(rank.pid, signal.SIGKILL)
+    rank.join()
+    assert rank.exitcode == -signal.SIGKILL and not exists(place(url) / "manifest.json")
+    assert ("000-000001.tar" in sizes(place(url))) == (step == "index")
+    machine("there")
+    made = worked_on(monkeypatch)
+    rollout(rows, url, settings())
+    assert made == left
+    assert tars(url) == tars(local / "set") and names(place(url) / ".units") == set()
+    made.clear()
+    rollout(rows, url, settings())
+    assert made == []
+
+
+def test_ranks_of_two_machines_keep_to_their_shares(url, local, monkeypatch, machine):
+    """No lock reaches another machine, so nobody does what may be begun there; the journal goes with the set."""
+    rows, made = read_triplets(local / "edits"), worked_on(monkeypatch)
+    rollout(rows, url, settings(part=0, parts=2))
+    assert made == [["t0", "t1"], ["t4"]] and not exists(place(url) / "manifest.json")
+    machine("there")
+    rollout(rows, url, settings())
+    assert made[2:] == [["t2", "t3"]] and tars(url) == tars(local / "set")
+    lines = [json.loads(line) for line in read_bytes(place(url) / "journal/journal.jsonl").splitlines()]
+    assert lines == journal.read(disk.scratch(place(url)) / "journal")
+    size = sum(n for name, n in sizes(place(url)).items() if name.endswith(".tar"))
+    assert [(line["samples"], line["rejects"]) for line in lines] == [(3, 0), (COUNT, 0)]
+    assert lines[-1]["packed_bytes"] == size and lines[-1]["packed_seconds"] > 0
+
+
+@pytest.mark.slow
+def test_a_unit_done_by_two_machines_is_one_sample(url, local, monkeypatch, machine):
+    """Both begin the same share; what one has packed, the other finds, and its own unit does not stay behind."""
+    rows, save = read_triplets(local / "edits"), Spool.save
+
+    def other_first(self, unit, outcome):
+        monkeypatch.setattr(Spool, "save", save)
+        machine("there")
+        rollout(rows, url, settings())
+        save(self, unit, outcome)
+
+    monkeypatch.setattr(Spool, "save", other_first)
+    rollout(rows, url, settings())
+    assert tars(url) == tars(local / "set") and names(place(url) / ".units") == set()
+
+
+@pytest.mark.slow
+def test_a_changed_triplet_on_a_store_is_refused_or_done_again(url, local, monkeypatch):
+    rows, out = read_triplets(local / "edits"), f"{url}/set"
+    upload(local / "set", out)
+    rows[3] = replace(rows[3], instruction="make it green")
+    with pytest.raises(DataError, match="t3: instruction was 'make sky 3 red' and is now 'make it green'"):
+        rollout(rows, out, settings())
+    made = worked_on(monkeypatch)
+    rollout(rows, out, settings(changed="reroll"))
+    assert made == [["t2", "t3"]] and ShardSet.open(out, verify="index").sample(3).instruction == "make it green"
+    assert cli.main(["verify", out]) == 0
+
+
+# --------------------------------------------------------------------------------------------------- evolving on S3
+
+
+class Stops:
+    """A writer that is interrupted after so many prompts."""
+
+    signature = "stops 1"
+
+    def __init__(self, after: int) -> None:
+        self.left, self.asked = after, []
+
+    def drafts(self, triplets):
+        for triplet in triplets:
+            if not self.left:
+                raise KeyboardInterrupt
+            self.left -= 1
+            self.asked.append(triplet.id)
+            yield [writers.Draft(triplet, f"film of {triplet.id}")]
+
+
+@pytest.fixture
+def bare(url, local) -> str:
+    """Edits on the store without prompts."""
+    upload(local / "edits", url)
+    write_triplets(url, [replace(t, evolution="", writer="", task="") for t in read_triplets(url)])
+    return url
+
+
+def test_evolving_on_s3_goes_on_after_a_stop(bare):
+    with pytest.raises(KeyboardInterrupt):
+        evolve.add_evolutions(bare, Stops(2))
+    assert [t.evolution for t in read_triplets(bare)] == [""] * COUNT
+    writer = Stops(9)
+    report = evolve.add_evolutions(bare, writer)
+    assert (report.written.total(), report.kept, writer.asked) == (3, {"stops 1": 2}, ["t2", "t3", "t4"])
+    assert [t.evolution for t in read_triplets(bare)] == [f"film of t{i}" for i in range(COUNT)]
+    assert json.loads(read_bytes(place(bare) / "evolve.json"))["kept"] == {"stops 1": 2}
+    assert [*verify_triplets(bare)] == [] and not (disk.scratch(place(bare)) / ".evolved.jsonl").exists()
+
+
+def test_a_list_that_another_machine_replaced_is_not_written_over(bare, monkeypatch):
+    """What was finished waits in the log, and goes into the new list."""
+    rows, writer, path = read_triplets(bare), Stops(9), place(bare) / "triplets.jsonl"
+    other = to_row(replace(rows[0], evolution="of another", writer="other 1"), place(bare))
+
+    def while_another_writes(triplets):
+        yield from triplets
+        put(path, b"".join([other, *(to_row(row, place(bare)) for row in rows[1:])]))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(evolve.verb, "write_triplets", lambda f, t: write_triplets(f, while_another_writes(t)))
+        with pytest.raises(DataError, match="triplets.jsonl: another writer has replaced it meanwhile"):
+            evolve.add_evolutions(bare, writer)
+    assert read_triplets(bare)[0].evolution == "of another" and writer.asked == [f"t{i}" for i in range(COUNT)]
+    evolve.add_evolutions(bare, writer)
+    assert [t.evolution for t in read_triplets(bare)] == [f"film of t{i}" for i in range(COUNT)]
+    assert len(writer.asked) == COUNT
+
+
+def test_answers_are_kept_on_the_store(url):
+    cache = writers.Cache(place(url) / "answers")
+    assert cache.get("ab12") is None
+    cache.put("ab12", Reply(text="Start: a dog", read=3, wrote=4))
+    assert cache.get("ab12") == Reply(text="Start: a dog")
+    (place(url) / "answers/ab/ab12.json").write_bytes(b"torn")
+    assert cache.get("ab12") is None
+    with pytest.raises(DataError, match="bucket does not exist"):
+        writers.Cache(place("s3://nowhere/answers")).put("ab12", Reply(text="x"))
+
+
+def test_two_at_work_on_one_machine(bare):
+    with disk.lock(disk.scratch(place(bare)) / ".evolve.lock"), pytest.raises(DataError, match="another writer"):
+        evolve.add_evolutions(bare)
