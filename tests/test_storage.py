@@ -131,14 +131,14 @@ UPLOADS = """
 """
 
 
-@pytest.mark.parametrize("uploads", [2, 3])
+@pytest.mark.parametrize("uploads", [3, 4])  # the first is that of the settings
 def test_killed_between_uploads(url, tmp_path, uploads):
     """Before the second tar, and between it and its index: what is done stays, the rest is made again."""
     process = run_python(UPLOADS, url, uploads)
     assert process.stdout.readline() == "begun\n", process.communicate()
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    assert ("000-000001.tar" in sizes(place(url))) == (uploads == 3) and list(scratch(place(url)).glob(".tmp-*"))
+    assert ("000-000001.tar" in sizes(place(url))) == (uploads == 4) and list(scratch(place(url)).glob(".tmp-*"))
     with pytest.raises(DataError, match="no manifest.json, the set is unfinished"):
         ShardSet.open(url)
     with ShardWriter(url, META, samples_per_shard=3) as writer:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from test_shards import META, ShardSet, ShardWriter, flip, write
 
 from data_tools.bench import reading
+from v4e.data.mixture import Spot
 from v4e.data.shards import Index, index_path
 from v4e.data.stream import Slice, Stream, slice_positions
 from v4e.errors import ConfigError, DataError
@@ -51,7 +52,7 @@ def test_positions_are_shared_out_without_gap_or_overlap(world, micro, accumulat
 @pytest.mark.parametrize("seed", [0, 7])
 def test_every_epoch_meets_every_sample_once(shards, seed):
     stream = Stream(shards, seed=seed, batch=1, micro_batch=1)
-    epochs = [[stream.index_of(e * N + i) for i in range(N)] for e in range(3)]
+    epochs = [[stream.order[e * N + i].index for i in range(N)] for e in range(3)]
     assert all(sorted(epoch) == list(range(N)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
 
@@ -59,7 +60,7 @@ def test_every_epoch_meets_every_sample_once(shards, seed):
 def test_the_order_never_changes(shards):
     """Pinned: a numpy or v4e that orders otherwise would silently break every resumed run."""
     stream = Stream(shards, seed=5, batch=1, micro_batch=1)
-    assert [stream.index_of(i) for i in range(2 * N)] == ORDER
+    assert [stream.order[i].index for i in range(2 * N)] == ORDER
 
 
 def test_the_step_is_the_whole_state(shards):
@@ -85,8 +86,9 @@ def test_opening_reads_no_index_and_few_are_kept(shards, monkeypatch):
     monkeypatch.setattr("v4e.data.shards.Index", lambda path, content: read.update([path.name]) or Index(path, content))
     monkeypatch.setattr("v4e.data.shards.INDEXED", 4)
     stream = Stream(shards.folder, seed=0, batch=1, micro_batch=1)
-    assert len(stream.set) == N and not read
-    assert stream.set.name(9) == "s0009" and stream.set.name(8) == "s0008" and read == {"000-000002.index.json": 1}
+    assert len(stream.mixture.sets[0]) == N and not read
+    assert [stream.mixture.name(Spot(0, n)) for n in (9, 8)] == ["s0009", "s0008"]
+    assert read == {"000-000002.index.json": 1}
 
 
 def test_a_damaged_index_costs_its_own_shard_alone(tmp_path):

@@ -70,14 +70,14 @@ def train(args: argparse.Namespace) -> int:
     from v4e import config, dist, recipes
 
     recipe = config.load(args.config, args.overrides, recipes.pick)
-    from v4e.data.shards import ShardSet
+    from v4e.data.mixture import Mixture
     from v4e.data.stream import Stream
     from v4e.eval.contact import ContactSheet
     from v4e.train.run import train_recipe
 
     loop, ranks = recipe.loop, dist.start(recipe.loop.threads)
     # One rank reads every index, so that a key met twice stops the run at once.
-    shards = ShardSet.open(loop.data, verify="index" if ranks.is_main else "sizes")
+    shards = Mixture.of(loop, verify="index" if ranks.is_main else "sizes")
 
     def stream(rank: int, world: int) -> Stream:
         sizes = {"batch": loop.batch, "micro_batch": loop.micro_batch, "rank": rank, "world": world}

@@ -56,12 +56,28 @@ class Lora:
 
 
 @dataclass(frozen=True)
+class Share:
+    """One of several shard sets that train together.
+
+    Args:
+        path: its folder, here or behind a URL.
+        weight: how often its samples are met, in proportion to the others'.
+    """
+
+    path: str = ""
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
 class Loop:
     """What the training loop needs to know; nothing of it is about a model.
 
     Args:
         output: run directory: checkpoints, journal, contact sheets.
         data: shard folder to train on.
+        mixture: several of them, each with its weight, in place of ``data``.
+        unit: samples in a row that are of one size, where sets of several train together; 0 for a whole step.
+        window: shards of a set whose samples are shuffled together; 0 for all.
         validation: shard folder for contact sheets and validation losses; empty for none.
         steps: optimiser steps.
         batch: samples per step over all ranks and accumulated micro-batches.
@@ -80,10 +96,15 @@ class Loop:
         allow_change: settings, ``data`` or ``format``, that may differ from those the run was begun with.
         threads: CPU threads per rank; 0 shares the cores among the ranks.
         cache_bytes: of samples kept in each rank's memory.
+        disk_cache: folder that shards behind a URL are downloaded to; empty to ask the store for each sample.
+        disk_cache_bytes: that the folder may hold; ranks and jobs of a machine may share it.
     """
 
     output: str = ""
     data: str = ""
+    mixture: list[Share] = field(default_factory=list)
+    unit: int = 0
+    window: int = 0
     validation: str = ""
     steps: int = 1000
     batch: int = 16
@@ -107,6 +128,8 @@ class Loop:
     allow_change: tuple[str, ...] = ()
     threads: int = 0
     cache_bytes: int = 0
+    disk_cache: str = ""
+    disk_cache_bytes: int = 0
     wandb: Wandb = field(default_factory=Wandb)
 
 

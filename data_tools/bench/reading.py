@@ -140,10 +140,10 @@ def scale(samples: int = 1_000_000, shards: int = 10_000, seeks: int = 2000) -> 
         began = time.process_time()
         stream = Stream(folder, seed=0, batch=1, micro_batch=1)
         opened = time.process_time()
-        stream.index_of(0)
-        permuted = time.process_time()
+        stream.order[0]
+        permuted, shards = time.process_time(), stream.mixture.sets[0]
         for n in range(seeks):
-            stream.set.locate(stream.index_of(n * 7919 % samples))
+            shards.locate(stream.order[n * 7919 % samples].index)
         found = time.process_time()
     return {
         "open_s": round(opened - began, 3),
@@ -187,7 +187,7 @@ import resource, sys
 from v4e.data.stream import Stream
 stream = Stream(sys.argv[1], seed=0, batch=1, micro_batch=1)
 for n in range(1000):
-    stream.set.name(stream.index_of(n))
+    stream.mixture.name(stream.order[n])
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 

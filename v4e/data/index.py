@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -11,7 +12,7 @@ from xxhash import xxh3_128_digest
 
 from v4e.data.disk import digest_of, readable
 from v4e.data.members import MEMBERS, check_key
-from v4e.data.places import Place, is_remote, read_bytes, read_range
+from v4e.data.places import Place, is_remote, patiently, read_bytes, read_range
 from v4e.errors import DataError
 
 REDO = "copy it again, or delete this shard, its index and manifest.json and run the command that wrote the set again"
@@ -89,13 +90,19 @@ def read_members(path: Place, where: str, wanted: Mapping[str, Member], strong: 
     for run in _runs(list(wanted.items()), GAP[is_remote(path)]):
         start, end = run[0][1].offset, run[-1][1].offset + run[-1][1].size
         try:
-            content = read_range(path, start, end - start)
+            content = patiently(partial(read_range, path, start, end - start))
         except DataError as error:
-            raise DataError(error.what, where=f"{where}.{run[0][0]}", fix=error.fix) from error
+            raise type(error)(error.what, where=f"{where}.{run[0][0]}", fix=error.fix) from error
         for kind, m in run:
             part = content[m.offset - start : m.offset - start + m.size]
             found[kind] = _checked(part, m, strong, f"{where}.{kind}")
     return found
+
+
+def check_members(tar: Place, index: Index) -> None:
+    """Every member of a shard, as if each sample were read; DataError naming the first that is damaged."""
+    for row, key in enumerate(index.keys):
+        read_members(tar, f"{tar}, key {key}", index.members(row), strong=False)
 
 
 def _runs(wanted: Sequence[tuple[str, Member]], gap: int) -> Iterator[list[tuple[str, Member]]]:

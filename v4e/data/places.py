@@ -5,15 +5,19 @@ is; bytes are read and written by the functions here alone, which turn whatever 
 Credentials come from the environment or from fsspec's own configuration, never from a URL, and are never written down.
 """
 
+import errno
 import os
+import random
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import fsspec
 import numpy as np
@@ -26,12 +30,18 @@ BACKENDS = {"s3": "s3fs", "gs": "gcsfs", "hf": "huggingface_hub", "http": "aioht
 CREATES = ("s3", "gs")  # stores that refuse, themselves, to write over an object
 TOGETHER = 64  # files asked for at once
 CHUNK = 1 << 23
+PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # seconds before a store is asked again
 
 Place = Path | UPath
+T = TypeVar("T")
 
 
 class NotFoundError(DataError):
     """Nothing is there."""
+
+
+class PassingError(DataError):
+    """A network or a store failed in a way that may pass."""
 
 
 def place(where: str | Place) -> Place:
@@ -84,9 +94,33 @@ def reaching(where: object, doing: str = "read") -> Iterator[None]:
     except PermissionError as error:
         raise DataError(f"access is denied: {_said(error)}", where=at, fix=_access(scheme)) from error
     except OSError as error:
-        raise DataError(f"cannot be {doing}: {_said(error)}", where=at) from error
+        kind = (
+            PassingError if scheme in BACKENDS and error.errno != errno.EINVAL else DataError
+        )  # EINVAL: no such range
+        raise kind(f"cannot be {doing}: {_said(error)}", where=at) from error
     except Exception as error:
-        raise DataError(f"cannot be reached: {_said(error)}", where=at, fix=_access(scheme)) from error
+        raise PassingError(f"cannot be reached: {_said(error)}", where=at, fix=_access(scheme)) from error
+
+
+def patiently(work: Callable[[], T], pauses: Sequence[float] = PAUSES) -> T:
+    """What a network may fail at, tried again after longer and longer pauses, no two processes at the same instant.
+
+    Raises:
+        DataError: it failed each time, or in a way that does not pass; or the program is ending, and nobody waits.
+    """
+    for pause in pauses:
+        refuse_at_exit()
+        try:
+            return work()
+        except PassingError:
+            time.sleep(pause * random.uniform(0.5, 1.5))
+    return work()
+
+
+def refuse_at_exit() -> None:
+    """DataError in a thread that outlives the program's own: it would keep the process from ending."""
+    if not threading.main_thread().is_alive():
+        raise DataError("the program ends")
 
 
 def read_bytes(where: Place) -> bytes:

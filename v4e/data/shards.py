@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from xxhash import xxh3_128_hexdigest
 
+from v4e.data.cache import Remote, ShardCache
 from v4e.data.disk import (
     TEMPORARY,
     agree,
@@ -34,7 +35,7 @@ from v4e.data.disk import (
     writable,
     write_atomically,
 )
-from v4e.data.index import REDO, Index, index_path, read_members
+from v4e.data.index import REDO, Index, check_members, index_path, read_members
 from v4e.data.members import MEMBERS, PICTURES, check_key, pack, unpack
 from v4e.data.places import (
     NotFoundError,
@@ -43,6 +44,7 @@ from v4e.data.places import (
     is_remote,
     listable,
     make_folder,
+    patiently,
     place,
     read_bytes,
     read_many,
@@ -374,16 +376,23 @@ class ShardSet:
 
     Attributes:
         folder, meta, shards: where it is, what it is, what it is made of.
+        cache: where shards of a set behind a URL are downloaded to; without one each sample is a request.
     """
 
-    def __init__(self, folder: Place, meta: SetMeta, shards: Sequence[ShardInfo]) -> None:
+    def __init__(
+        self, folder: Place, meta: SetMeta, shards: Sequence[ShardInfo], cache: ShardCache | None = None
+    ) -> None:
         self.folder, self.meta, self.shards = folder, meta, tuple(shards)
+        self.cache = cache if is_remote(folder) else None
         self._starts = np.cumsum([0, *(s.samples for s in shards)])
         largest = max((s.samples for s in shards), default=1)
         self.index = lru_cache(maxsize=max(8, INDEXED // max(1, largest)))(self._read_index)
+        self.remote = lru_cache(maxsize=len(shards))(self._remote)
 
     @staticmethod
-    def open(folder: str | Place, verify: Literal["sizes", "index", "none"] = "sizes") -> "ShardSet":
+    def open(
+        folder: str | Place, verify: Literal["sizes", "index", "none"] = "sizes", cache: ShardCache | None = None
+    ) -> "ShardSet":
         """Read the manifest.
 
         Args:
@@ -391,12 +400,13 @@ class ShardSet:
             verify: ``sizes`` looks in the folder's listing whether each tar is there and has its size (http has no
                 listings: there nothing is looked at); ``index`` also reads every index and refuses a key met twice;
                 ``none`` leaves damage to be found sample by sample.
+            cache: to download whole shards to, where the folder is a URL.
 
         Raises:
             DataError: no manifest, another format, a missing, changed or truncated shard.
         """
         folder = place(folder)
-        whole = ShardSet(folder, *read_manifest(folder))
+        whole = ShardSet(folder, *read_manifest(folder), cache)
         if verify != "none" and listable(folder):
             check_sizes(folder, whole.shards)
         if verify == "index":
@@ -467,6 +477,8 @@ class ShardSet:
         """
         shard, row = self.locate(i)
         wanted = {kind: m for kind in kinds if (m := self.index(shard).member(row, kind))}
+        if self.cache:
+            return self.cache.use(self.remote(shard), lambda tar: read_members(tar, self.place(i), wanted, strong))
         return read_members(self.folder / self.shards[shard].name, self.place(i), wanted, strong)
 
     def sample(self, i: int, pictures: bool = False) -> Sample:
@@ -482,11 +494,17 @@ class ShardSet:
         """A shard's index, held against the manifest."""
         info = self.shards[shard]
         path = index_path(self.folder / info.name)
-        if hash_of(content := read_bytes(path)) != info.index:
+        if hash_of(content := patiently(lambda: read_bytes(path))) != info.index:
             raise DataError("the index is not the one the manifest names", where=str(path), fix=REDO)
         if len(index := Index(path, content)) != info.samples:
             raise DataError(f"does not hold {info.samples} samples", where=str(path), fix=REDO)
         return index
+
+    def _remote(self, shard: int) -> Remote:
+        info = self.shards[shard]
+        at = self.folder / info.name
+        assert is_remote(at)
+        return Remote(at, info.bytes, info.index, lambda tar: check_members(tar, self.index(shard)))
 
 
 class Keys(Sequence[str]):

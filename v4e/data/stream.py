@@ -1,23 +1,22 @@
 """The order in which a run meets its samples: a pure function of (seed, step), the same on any number of ranks.
 
-Position p of a run, counted over all epochs, is sample ``order(p // n)[p % n]``, with one permutation per epoch. The
-stream has no state but the step, so there is nothing to save and nothing to get wrong on resuming.
+What stands at a position of a run, counted over all epochs, :mod:`v4e.data.mixture` says. The stream has no state but
+the step, so there is nothing to save and nothing to get wrong on resuming.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from threading import Lock
 
-import numpy as np
-
+from v4e.data.cache import Ahead, Remote
 from v4e.data.members import refuse_nonfinite
+from v4e.data.mixture import Mixture, Order, Spot
 from v4e.data.shards import ShardSet
 from v4e.data.soundness import check_shapes
 from v4e.errors import ConfigError, DataError
-from v4e.nouns import Sample, seed_of
+from v4e.nouns import Sample
 
 
 @dataclass(frozen=True)
@@ -36,13 +35,13 @@ class Slice:
 
 
 class Stream:
-    """Slices of a shard set, one rank's share of each step.
+    """Slices of a shard set or of several, one rank's share of each step.
 
     Attributes:
-        quarantined: key -> why, of the damaged samples in the steps this rank has taken.
+        quarantined: name -> why, of the damaged samples in the steps this rank has taken.
 
     Args:
-        data: a set or its folder.
+        data: sets, a set or its folder.
         seed: of the order.
         batch: samples a step, over all ranks and accumulated micro-batches.
         micro_batch: samples a slice.
@@ -52,13 +51,14 @@ class Stream:
         cache: bytes of tensors to keep in memory; samples met first stay.
 
     Raises:
-        ConfigError: batch is no multiple of world * micro_batch, or rank is not one of world.
-        DataError: the set is empty or damaged where it opens.
+        ConfigError: batch is no multiple of world * micro_batch, or of units of whole micro-batches; rank is not one
+            of world; a cache cannot hold what is shuffled together.
+        DataError: a set is empty or damaged where it opens.
     """
 
     def __init__(
         self,
-        data: ShardSet | str | Path,
+        data: Mixture | ShardSet | str | Path,
         *,
         seed: int,
         batch: int,
@@ -70,16 +70,17 @@ class Stream:
         cache: int = 0,
     ) -> None:
         _check_sizes(batch, micro_batch, rank, world)
-        self.set = data if isinstance(data, ShardSet) else ShardSet.open(data)
-        if not len(self.set):
-            raise DataError("the set holds no samples", where=str(self.set.folder))
+        self.mixture = data if isinstance(data, Mixture) else Mixture((_opened(data),))
+        _check_units(self.mixture, batch, micro_batch)
+        self.mixture.check_room()
         self.seed, self.batch, self.micro_batch, self.rank, self.world = seed, batch, micro_batch, rank, world
+        self.order = Order(self.mixture, seed, batch)
         self.quarantined: dict[str, str] = {}
-        self._damaged: dict[str, str] = {}  # as found by the reader, which is a step ahead
+        self._damaged: dict[Spot, str] = {}  # as found by the reader, which is a step ahead
         self._pictures, self._cache = pictures, _Cache(cache)
-        self._order, self._ordering = lru_cache(maxsize=2)(self._permutation), Lock()  # a step may straddle two epochs
         self._readers = ThreadPoolExecutor(workers, thread_name_prefix="v4e-stream")
         self._ahead: tuple[int, _Begun] | None = None
+        self._downloads = self._look_ahead()
 
     def step(self, step: int) -> list[Slice]:
         """This rank's slices of a step, in the order they are accumulated; the next step is read meanwhile.
@@ -87,21 +88,15 @@ class Stream:
         Raises:
             DataError: not one sample of the set can be read.
         """
-        slices = [_slice(piece) for piece in self._take(step)]
-        bad = {s.key for piece in slices for s, w in zip(piece.samples, piece.weights, strict=True) if not w}
-        self.quarantined |= {key: self._damaged[key] for key in sorted(bad)}
+        begun = self._take(step)
+        slices = [_slice(piece) for piece in begun]
+        self._note_damage(begun)
         self._ahead = step + 1, self._begin(step + 1)
         return slices
 
-    def index_of(self, position: int) -> int:
-        """The sample at a position of the run's global order."""
-        epoch, place = divmod(position, len(self.set))
-        with self._ordering:  # or every reader would make the same permutation
-            return int(self._order(epoch)[place])
-
     def keys_of(self, step: int) -> list[str]:
-        """Keys of a whole step over all ranks, in global order; reads no sample."""
-        return [self.set.name(self.index_of(p)) for p in range(step * self.batch, (step + 1) * self.batch)]
+        """Names of a whole step over all ranks, in global order; reads no sample."""
+        return [self.mixture.name(self.order[p]) for p in range(step * self.batch, (step + 1) * self.batch)]
 
     def close(self) -> None:
         """Stop reading ahead."""
@@ -111,46 +106,59 @@ class Stream:
         return self._ahead[1] if self._ahead and self._ahead[0] == step else self._begin(step)
 
     def _begin(self, step: int) -> "_Begun":
-        """Ask for this rank's samples of a step."""
-        places = slice_positions(step, self.batch, self.micro_batch, self.rank, self.world)
-        return [{p: self._readers.submit(self._at, p) for p in positions} for positions in places]
+        """Ask for this rank's samples of a step, and for shards of those after it."""
+        if self._downloads:
+            self._downloads.move(step)
+        return [{p: self._readers.submit(self._at, p) for p in positions} for positions in self._positions(step)]
+
+    def _positions(self, step: int) -> list[range]:
+        return slice_positions(step, self.batch, self.micro_batch, self.rank, self.world)
+
+    def _look_ahead(self) -> Ahead | None:
+        """What asks for the shards of sets that are downloaded."""
+        cached = [s for s in self.mixture.sets if s.cache]
+        return Ahead(cached[0].cache, self._needed, sum(len(s.shards) for s in cached)) if cached else None
+
+    def _needed(self, step: int) -> Iterator[Remote]:
+        """The shards to download for this rank's samples of a step."""
+        spots = (self.order[p] for positions in self._positions(step) for p in positions)
+        for shards, index in ((self.mixture.sets[spot.set], spot.index) for spot in spots):
+            if shards.cache:
+                yield shards.remote(shards.locate(index)[0])
+
+    def _note_damage(self, begun: "_Begun") -> None:
+        bad = [self.order[p] for piece in begun for p, future in piece.items() if not future.result()[1]]
+        self.quarantined |= {self.mixture.name(spot): self._damaged[spot] for spot in sorted(bad)}
 
     def _at(self, position: int) -> tuple[Sample, float]:
         """The sample and weight 1; or, under a damaged one's key, its next healthy neighbour and weight 0."""
-        index = self.index_of(position)
-        if sample := self._healthy(index):
+        spot = self.order[position]
+        if sample := self._healthy(spot):
             return sample, 1.0
-        others = ((index + k) % len(self.set) for k in range(1, len(self.set)))
-        stand_in = next((s for i in others if (s := self._healthy(i))), None)
+        shards = self.mixture.sets[spot.set]
+        others = (Spot(spot.set, (spot.index + k) % len(shards)) for k in range(1, len(shards)))
+        stand_in = next((s for other in others if (s := self._healthy(other))), None)
         if stand_in is None:
-            raise DataError("not one sample can be read", where=str(self.set.folder), fix="run v4e-shards verify")
-        return replace(stand_in, key=self.set.name(index)), 0.0
+            raise DataError("not one sample can be read", where=str(shards.folder), fix="run v4e-shards verify")
+        return replace(stand_in, key=shards.name(spot.index)), 0.0
 
-    def _healthy(self, index: int) -> Sample | None:
-        key = self.set.name(index)
-        if key in self._damaged:
+    def _healthy(self, spot: Spot) -> Sample | None:
+        if spot in self._damaged:
             return None
         try:
-            return self._cache.get(index) or self._cache.put(index, self._read(index))
+            return self._cache.get(spot) or self._cache.put(spot, self._read(spot))
         except DataError as error:
-            self._damaged[key] = str(error)
+            self._damaged[spot] = str(error)
             return None
 
-    def _read(self, index: int) -> Sample:
+    def _read(self, spot: Spot) -> Sample:
         """A sample, checked for what hashes cannot tell: a faulty writer hashes its faults too."""
-        sample, where = self.set.sample(index, self._pictures), self.set.place(index)
-        check_shapes(sample, self.set.meta.student, self.set.meta.teacher, where)
+        shards = self.mixture.sets[spot.set]
+        sample, where = shards.sample(spot.index, self._pictures), shards.place(spot.index)
+        check_shapes(sample, shards.meta.student, shards.meta.teacher, where)
         for part in filter(None, (sample.encoded, sample.rollout)):
             refuse_nonfinite(vars(part), where)
         return sample
-
-    def _permutation(self, epoch: int) -> np.ndarray:
-        """Sample numbers in an epoch's order. Sorting raw words, because numpy keeps only those the same for ever.
-
-        A tenth of a second and 4 MB for a million samples, once an epoch; every look-up after it is O(1).
-        """
-        words = np.random.PCG64(seed_of(self.seed, "order", epoch)).random_raw(len(self.set))
-        return np.argsort(words, kind="stable").astype(np.uint32)
 
 
 _Begun = list[dict[int, "Future[tuple[Sample, float]]"]]  # of each micro-batch: position -> sample and weight
@@ -162,19 +170,19 @@ def _slice(begun: Mapping[int, "Future[tuple[Sample, float]]"]) -> Slice:
 
 
 class _Cache:
-    """Samples by number, until the room is taken; an epoch meets each sample once, so evicting would gain nothing."""
+    """Samples by place, until the room is taken; an epoch meets each sample once, so evicting would gain nothing."""
 
     def __init__(self, room: int) -> None:
         self._room, self._samples, self._lock = room, {}, Lock()
 
-    def get(self, index: int) -> Sample | None:
-        return self._samples.get(index)
+    def get(self, spot: Spot) -> Sample | None:
+        return self._samples.get(spot)
 
-    def put(self, index: int, sample: Sample) -> Sample:
+    def put(self, spot: Spot, sample: Sample) -> Sample:
         with self._lock:
-            if index not in self._samples and (size := _size(sample)) <= self._room:
+            if spot not in self._samples and (size := _size(sample)) <= self._room:
                 self._room -= size
-                self._samples[index] = sample
+                self._samples[spot] = sample
         return sample
 
 
@@ -182,6 +190,18 @@ def slice_positions(step: int, batch: int, micro_batch: int, rank: int, world: i
     """A rank's positions in a step, one range per accumulated micro-batch."""
     firsts = range(step * batch + rank * micro_batch, (step + 1) * batch, world * micro_batch)
     return [range(first, first + micro_batch) for first in firsts]
+
+
+def _opened(data: ShardSet | str | Path) -> ShardSet:
+    return data if isinstance(data, ShardSet) else ShardSet.open(data)
+
+
+def _check_units(mixture: Mixture, batch: int, micro_batch: int) -> None:
+    """Whether micro-batches are of one bucket each, and steps whole units."""
+    unit = mixture.unit or batch
+    if len(mixture.buckets) > 1 and (batch % unit or unit % micro_batch):
+        what = f"units of {unit} samples do not divide batches of {batch} and into micro-batches of {micro_batch}"
+        raise ConfigError(what, where="loop.unit", fix="use a divisor of loop.batch, a multiple of loop.micro_batch")
 
 
 def _check_sizes(batch: int, micro_batch: int, rank: int, world: int) -> None:

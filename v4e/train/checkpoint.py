@@ -31,7 +31,9 @@ SEAL, STATE = "COMPLETE.json", "state.json"
 FORMAT = 2  # of the files; 1 was DeepSpeed's own
 FILE_BYTES = 1024**3  # about what one file holds, and what a rank copies at a time
 HARMLESS = (  # settings that may change from one process to the next without changing what is computed
-    "loop.output", "loop.data", "loop.validation", "loop.steps", "loop.save_every", "loop.sheet_every",
+    "loop.output", "loop.validation", "loop.steps", "loop.save_every", "loop.sheet_every",
+    "loop.data", "loop.mixture", "loop.unit", "loop.window",  # the identity of the data tells these
+    "loop.disk_cache", "loop.disk_cache_bytes",
     "loop.log_every", "loop.keep_last", "loop.keep_every", "loop.max_bad_samples", "loop.max_bad_steps",
     "loop.spike", "loop.threads", "loop.cache_bytes", "loop.wandb", "loop.allow_change",
 )  # fmt: skip
