@@ -24,7 +24,7 @@ FLOOR = {  # a module may import modules of its own floor and below (docs/archit
     "errors": 0, "nouns": 0, "verbs": 0, "config": 0,
     "flow": 1, "losses": 1, "straightness": 1, "dist": 1, "journal": 1,
     "models": 2, "data": 2,
-    "pipelines": 3, "photos": 3, "jobs": 3,
+    "pipelines": 3, "provenance": 3, "photos": 3, "jobs": 3,
     "recipes": 4, "train": 4, "eval": 4, "export": 4, "plan": 4, "doctor": 4, "studio": 4,
     "cli": 5,
 }  # fmt: skip

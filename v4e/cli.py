@@ -106,10 +106,14 @@ def evaluate(args: argparse.Namespace) -> int:
 
 
 def export(args: argparse.Namespace) -> int:
-    """Turn a run into a diffusers folder, load it again and compare."""
+    """Write a run for others, load that with their libraries and compare."""
+    import torch
+
     from v4e.export import export_run
 
-    export_run(Path(args.run_folder), Path(args.output))
+    options = {name: getattr(args, name) for name in ("form", "weights", "player", "base", "shard_size", "base_model")}
+    options |= {"dtype": getattr(torch, args.dtype) if args.dtype else None}
+    export_run(Path(args.run_folder), Path(args.output), **options, report=Path(args.report) if args.report else None)
     return 0
 
 
@@ -188,9 +192,19 @@ def _add_eval(verbs) -> None:
 
 
 def _add_export(verbs) -> None:
-    verb = verbs.add_parser("export", help="run directory -> diffusers folder")
+    verb = verbs.add_parser("export", help="a run for diffusers and ComfyUI: a pipeline, a LoRA or original weights")
     verb.add_argument("run_folder", metavar="run", help="loop.output of a training run")
     verb.add_argument("output", help="folder to write")
+    forms = ("diffusers", "lora", "original")
+    verb.add_argument("--form", choices=forms, default="diffusers", help="a pipeline; adapters; Wan's own key names")
+    which = ("average", "last", "both")
+    verb.add_argument("--weights", choices=which, help="averages where kept by default; both: these as variant ema")
+    verb.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="bfloat16; float32 for a LoRA")
+    verb.add_argument("--shard-size", metavar="SIZE", help="most bytes of a file, such as 5GB")
+    verb.add_argument("--player", default="student", help="whose weights")
+    verb.add_argument("--base", help="diffusers folder or Hub id, where the run began with something else")
+    verb.add_argument("--base-model", metavar="ID", default="", help="the base's id on the Hub, for the README")
+    verb.add_argument("--report", metavar="FILE", help="report.json for the README; one beside the run by default")
     verb.set_defaults(run=export)
 
 

@@ -1,11 +1,12 @@
-"""Low-rank adapters by PEFT: a player with frozen weights and small trained ones beside them, and back to one network.
+"""Low-rank adapters by PEFT: a player with frozen weights and small trained ones beside them, and what becomes of them.
 
 PEFT initialises adapters in place, which under ZeRO-3 meets tensors that are already cut: their first values come as
-named weights instead, the same at every stage and on every number of ranks.
+named weights instead, the same at every stage and on every number of ranks. Trained, they are added to one network, or
+kept alone and written under the names by which diffusers and ComfyUI know them.
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
@@ -14,9 +15,11 @@ from torch import Tensor, nn
 
 from v4e.config import Lora
 from v4e.errors import ConfigError
+from v4e.models.original import authors_names
 from v4e.nouns import Player, seed_of
 
-BASE, DOWN, UP = ".base_layer.", ".lora_A.default.weight", ".lora_B.default.weight"  # PEFT's names
+BASE, DOWN, UP = ".base_layer.", ".lora_A.default.weight", ".lora_B.default.weight"  # PEFT's names in a network
+STORED_DOWN, STORED_UP = ".lora_A.weight", ".lora_B.weight"  # and in a file
 
 
 def with_adapters(player: Player, lora: Lora) -> Player:
@@ -37,6 +40,49 @@ def merge(weights: Iterable[tuple[str, Tensor]], lora: Lora) -> Iterator[tuple[s
             held[name] = tensor
         else:
             yield name.replace(BASE, "."), tensor
+
+
+def alone(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """The adapters of a network's weights and nothing else, by the names that they have in a file."""
+    for name, tensor in weights:
+        if name.endswith((DOWN, UP)):
+            yield name.replace(".default.", "."), tensor
+
+
+def adapted(adapters: Mapping[str, Tensor]) -> list[str]:
+    """The layers that have adapters, in their order."""
+    return [name.removesuffix(STORED_UP) for name in adapters if name.endswith(STORED_UP)]
+
+
+def added(weights: Mapping[str, Tensor], adapters: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """A network with the part of stored adapters added, in fp32."""
+    parts = {
+        f"{layer}.weight": scale * adapters[f"{layer}{STORED_UP}"].float() @ adapters[f"{layer}{STORED_DOWN}"].float()
+        for layer in adapted(adapters)
+    }
+    return {name: tensor.float() + parts[name] if name in parts else tensor for name, tensor in weights.items()}
+
+
+def in_diffusers_words(adapters: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """What ``load_lora_weights`` of stock diffusers takes; such a file says no scale, so it is in ``up``."""
+    return {f"transformer.{name}": scale * t if name.endswith(STORED_UP) else t for name, t in adapters.items()}
+
+
+def in_authors_words(adapters: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """What ComfyUI takes: Wan's own names of layers, ``lora_down``, ``lora_up`` and alpha = scale * rank.
+
+    Diffusers' converter knows alphas in blocks alone, so elsewhere the scale is in ``up`` too.
+    """
+    layers = adapted(adapters)
+    names = authors_names([f"{layer}.weight" for layer in layers])
+    written: dict[str, Tensor] = {}
+    for layer in layers:
+        down, up = adapters[f"{layer}{STORED_DOWN}"], adapters[f"{layer}{STORED_UP}"]
+        own = f"diffusion_model.{names[f'{layer}.weight'].removesuffix('.weight')}"
+        inside = layer.startswith("blocks.")
+        written |= {f"{own}.lora_down.weight": down, f"{own}.lora_up.weight": up if inside else scale * up}
+        written |= {f"{own}.alpha": torch.tensor(scale * len(down))} if inside else {}
+    return written
 
 
 class _Adapters:

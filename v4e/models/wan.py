@@ -180,6 +180,7 @@ class WanBackbone(WanTransformer3DModel):
         dtype: torch.dtype | None = None,
         max_shard_size: str = "10GB",
         state: Mapping[str, Tensor] | None = None,
+        variant: str | None = None,
     ) -> None:
         """Write a folder that plain diffusers loads as ``WanTransformer3DModel``.
 
@@ -187,11 +188,12 @@ class WanBackbone(WanTransformer3DModel):
             folder: the component's folder, such as ``export/transformer``.
             dtype: to store in; None keeps each tensor's.
             state: full tensors, where this module's own are partitioned.
+            variant: diffusers' word for other weights in the same folder, such as ``ema``.
         """
         state = self.state_dict() if state is None else state
         stock = _skeleton(self.config)
         stock.load_state_dict({k: v.detach().to(dtype or v.dtype) for k, v in state.items()}, assign=True)
-        stock.save_pretrained(folder, max_shard_size=max_shard_size)
+        stock.save_pretrained(folder, max_shard_size=max_shard_size, variant=variant)
 
 
 class Declared(NamedTuple):

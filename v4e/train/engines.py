@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from v4e.config import Loop, Lora
 from v4e.dist import Ranks
 from v4e.errors import CheckpointError, ConfigError
-from v4e.models.lora import merge, with_adapters
+from v4e.models.lora import alone, merge, with_adapters
 from v4e.nouns import Optim, Player
 from v4e.verbs import Backbone
 
@@ -92,9 +92,15 @@ class Role:
         """
         yield from merge(self._parts(), self.lora)
 
-    def _parts(self) -> Iterator[tuple[str, Tensor]]:
+    def adapters(self) -> Iterator[tuple[str, Tensor]]:
+        """(name in a file, whole fp32 tensor) of the adapters alone; every rank must draw all of them."""
+        yield from alone(self._parts(".lora_"))
+
+    def _parts(self, among: str = "") -> Iterator[tuple[str, Tensor]]:
         copies = self.copies() if self.stage == 0 else {}
         for name, parameter in self.module.named_parameters():
+            if among not in name:
+                continue
             if not parameter.requires_grad:
                 with deepspeed.zero.GatheredParameters([parameter], enabled=self.stage == 3):
                     yield name, parameter.detach().float().clone()
@@ -477,3 +483,9 @@ def export_weights(role: Role, average: Iterable[Tensor] | None = None) -> Itera
     """
     with exchanged(role, list(average)) if average is not None else nullcontext():
         yield from role.full_weights()
+
+
+def export_adapters(role: Role, average: Iterable[Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:
+    """:func:`export_weights` of the adapters alone."""
+    with exchanged(role, list(average)) if average is not None else nullcontext():
+        yield from role.adapters()

@@ -19,7 +19,7 @@ from v4e.dist import Ranks
 from v4e.errors import CheckpointError, ConfigError, PreemptedError
 from v4e.journal import Bar, Journal
 from v4e.train import checkpoint
-from v4e.train.engines import Cast, accumulation, cast, export_weights
+from v4e.train.engines import Cast, accumulation, cast, export_adapters, export_weights
 from v4e.train.guards import Notice
 from v4e.train.loop import Progress, quarantined, train
 from v4e.train.watch import Watch
@@ -73,12 +73,16 @@ class Run:
         self.write_weights()
 
     def write_weights(self) -> None:
-        """``weights/<player>/weights.safetensors``, and ``average.safetensors`` where averages are kept."""
+        """``weights/<player>/weights.safetensors``, and ``average.safetensors`` where averages are kept.
+
+        Of adapters, which these contain, the same two once more alone, in ``adapters/``.
+        """
         for name, role in self.cast.trained.items():
-            folder = self.folder / "weights" / name
-            self._write(folder, "weights", export_weights(role))
-            if self.averages[name]:
-                self._write(folder, "average", export_weights(role, self.averages[name]))
+            folder, averages = self.folder / "weights" / name, self.averages[name]
+            for stem, instead in ({"weights": None} | ({"average": averages} if averages else {})).items():
+                self._write(folder, stem, export_weights(role, instead))
+                if role.lora.rank:
+                    self._write(folder / "adapters", stem, export_adapters(role, instead))
         dist.barrier()
 
     def save(self) -> Path:
