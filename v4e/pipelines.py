@@ -473,10 +473,9 @@ class EditPipeline(WanPipeline):
         self.backbone.set_attention(self.attention, fold)
         self.scheduler.set_timesteps(steps or self.card.steps)
         x_BCthw, watch = self._noise(seeds, grid), _counting(progress)
-        if reasoning_frames:
-            way = (self.backbone, self.scheduler, x_BCthw, conditions, null, guide, watch)
-            return denoise_reasoning(*way, reasoning_steps)
-        return denoise(self.backbone, self.scheduler, x_BCthw, conditions, null, guide, watch)
+        way = (self.backbone, self.scheduler, x_BCthw, conditions, null, guide, watch)
+        with self.backbone.remembering():
+            return denoise_reasoning(*way, reasoning_steps) if reasoning_frames else denoise(*way)
 
     def _told_before(self, images: Sequence[Clip], instructions: Sequence[str], grid: Grid) -> Conditions:
         """``told``, remembering the last batch: an evaluation asks for it at several step counts and seeds."""

@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from data_tools.ingest import ingest, verify_triplets
+from v4e.journal import progress
 
 SIZES = ((512, 512), (768, 1024), (1024, 1024))  # of the public sets of edits
 BUCKET = (480, 832)
@@ -79,7 +80,7 @@ def edited(picture: Image.Image) -> Image.Image:
 def _ratios(jsonl: Path, turns: int, workers: int) -> dict[str, float]:
     pictures = sorted(path for path in jsonl.parent.iterdir() if path.suffix != ".jsonl")
     plain, ours = [], []
-    for _ in range(turns + 1):
+    for _ in progress(range(turns + 1), "ingesting"):
         plain.append(_timed(lambda: _decode_all(pictures, workers)))
         ours.append(_timed(lambda: _take(jsonl, workers)))
         shutil.rmtree(jsonl.parent / "out")

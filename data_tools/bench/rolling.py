@@ -5,9 +5,7 @@ The stock loop makes final latents alone; ours also makes what a student is told
 """
 
 import tempfile
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 from statistics import median
@@ -20,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 import v4e
+from data_tools.bench.clock import Clock
 from data_tools.ingest import Triplet
 from data_tools.rollout import RolloutConfig, Worker
 from data_tools.rollout.plan import Plan
@@ -27,39 +26,12 @@ from data_tools.rollout.spool import Spool, Unit
 from v4e.config import Wandb
 from v4e.data.disk import read_bytes
 from v4e.data.members import unpack
+from v4e.journal import progress
 from v4e.nouns import seed_of
 
 TEACHER = Path(v4e.__file__).parent / "assets/wan-nano/teacher"
 SIZE, FRAMES = 64, 9
 TOLERANCE = 1e-4  # of the final latents, whose standard deviation is 1.3: other sums in fp32, over all steps
-
-
-@dataclass
-class Clock:
-    """Seconds spent in something."""
-
-    spent: float = 0.0
-    laps: list[float] = field(default_factory=list)
-
-    def around(self, work: Callable) -> Callable:
-        """The same function, timed."""
-
-        def timed(*args, **named):
-            began = now()
-            done = work(*args, **named)
-            self.laps.append(now() - began)
-            self.spent += self.laps[-1]
-            return done
-
-        return timed
-
-
-def now() -> float:
-    """A clock that counts work: this process's own time on a CPU."""
-    if not torch.cuda.is_available():
-        return time.process_time()
-    torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def measure(steps: int = 50, guidance: float = 5.0, batch: int = 16, rounds: int = 2) -> dict[str, float]:
@@ -81,7 +53,7 @@ def measure(steps: int = 50, guidance: float = 5.0, batch: int = 16, rounds: int
         ours.unit(rounds)  # a rehearsal, so that nothing is measured twice
         backbone = ours.worker.models.teacher.backbone
         backbone.forward = dit.around(backbone.forward)
-        for number in range(rounds):
+        for number in progress(range(rounds), "rolling"):
             ends = unit.around(ours.unit)(number)
             for i in (0, batch - 1):
                 plain = once.around(_plain)(stock, ours.plan.unit(number)[i], steps, guidance)
