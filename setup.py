@@ -17,7 +17,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["v4e", "v4e.*", "data_tools", "data_tools.*"]),
-    package_data={"v4e": ["assets/**/*"], "data_tools": ["*.css"]},
+    package_data={"v4e": ["assets/**/*", "**/*.css"], "data_tools": ["**/*.css"]},
     # Lower bounds are the versions the tests ran with; constraints.txt pins the exact set.
     install_requires=[
         "torch>=2.11,<2.14",
