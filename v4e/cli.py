@@ -99,10 +99,12 @@ def edit(args: argparse.Namespace) -> int:
 
 
 def evaluate(args: argparse.Namespace) -> int:
-    """Compute every metric again from the pictures of an evaluation."""
+    """Measure a model on one's own edits; without any, compute an evaluation's metrics again from its pictures."""
+    if args.data:
+        return _evaluate_own(args)
     from data_tools import demo as road
 
-    return road.recompute(Path(args.edits))
+    return road.recompute(Path(args.run_folder))
 
 
 def export(args: argparse.Namespace) -> int:
@@ -186,8 +188,23 @@ def _add_edit(verbs) -> None:
 
 
 def _add_eval(verbs) -> None:
-    verb = verbs.add_parser("eval", help="compute all metrics of an evaluation again, from its pictures")
-    verb.add_argument("edits", help="folder with edits.jsonl, such as runs/demo/edits")
+    verb = verbs.add_parser("eval", help="measure a model on edits of one's own; or an evaluation again, by its files")
+    run = "training run, export or model folder; without --data a folder with edits.jsonl, such as runs/demo/edits"
+    verb.add_argument("run_folder", metavar="run", help=run)
+    verb.add_argument("--data", help="shard set, ingested folder, or jsonl of id, instruction, source, edited")
+    verb.add_argument("-o", "--output", default="evaluated", help="folder for edits and report; evaluated by default")
+    verb.add_argument("--baseline", action="append", default=[], metavar="NAME=RUN", help="a further row; repeatable")
+    verb.add_argument("--steps", type=_positive, nargs="+", default=[], help="solver steps; the card's by default")
+    verb.add_argument("--seeds", type=_positive, default=1, help="sampling seeds of every edit")
+    verb.add_argument("--guidance", type=float, help="guidance scale; each model's card says which by default")
+    verb.add_argument("--batch", type=_positive, default=4, help="edits made together")
+    verb.add_argument("--most", type=int, default=0, help="edits to take, evenly spread; 0 for all")
+    verb.add_argument("--shown", type=_positive, default=48, help="edits on the page, the worst of every task")
+    verb.add_argument("--clip", default="", help="CLIP's folder, or a Hub id that is in the cache")
+    verb.add_argument("--dino", default="", help="DINOv2's, likewise")
+    verb.add_argument("--perceptual", default="", help="any vision network's, whose layers are compared")
+    verb.add_argument("--device", help="torch device; a GPU where there is one by default")
+    verb.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the weights")
     verb.set_defaults(run=evaluate)
 
 
@@ -293,6 +310,25 @@ def _edit_batch(args: argparse.Namespace) -> int:
     tally = run_batch(_studio(args), jobs, folder, settings)
     print(f"{tally}: {folder / QUARANTINE if tally.refused else folder}")
     return DataError.exit_code if tally.refused else 0
+
+
+def _evaluate_own(args: argparse.Namespace) -> int:
+    from data_tools.evolve import family_of
+    from v4e.eval import bench
+    from v4e.eval.measures import Eyes
+    from v4e.export import Trained, export_run
+
+    device = args.device or _device()
+    words = {name: getattr(args, name) for name in ("data", "seeds", "guidance", "batch", "most", "shown", "dtype")}
+    asked = bench.Asked(
+        args.run_folder, baselines=tuple(args.baseline), steps=tuple(args.steps), device=device, **words
+    )
+    rooms = bench.Rooms(export_run, lambda run: Trained.of(run).base, family_of)
+    eyes = Eyes.open(args.clip, args.dino, args.perceptual, device)
+    print("\n".join(eyes.absent.values()), file=sys.stderr)
+    summary = bench.measure(asked, eyes, Path(args.output), rooms)
+    print(bench.closing(summary, Path(args.output)))
+    return DataError.exit_code if summary.evaluation.refused else 0
 
 
 def _settings(args: argparse.Namespace):

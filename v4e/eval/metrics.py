@@ -16,6 +16,9 @@ PSNR_CEILING = 100.0  # identical pixels would be infinite, which neither a mean
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 SSIM_SIGMA, SSIM_RADIUS = 1.5, 5  # an 11-pixel window (Wang et al. 2004, section III-B)
 SSIM_C1, SSIM_C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+CHANGED = 25  # grey levels of 255, a tenth of full scale: more is an edit, less the noise of codecs
+REACH = 128  # a computed mask is widened by this fraction of the shorter side, and by a pixel at least
+LEAST_KEPT = 1 / 20  # what a computed mask must leave; less is the seams of an edit of everything
 ROUNDING_ENERGY = 20 / 12  # what rounding to uint8 (variance 1/12) leaves of the Laplacian 4, -1, -1, -1, -1
 
 
@@ -77,12 +80,39 @@ def psnr(output: Tensor, target: Tensor, mask_HW: Tensor | None = None) -> float
     return PSNR_CEILING if mse == 0 else min(PSNR_CEILING, 10 * math.log10(255**2 / mse))
 
 
+def edit_mask(source_3HW: Tensor, target_3HW: Tensor) -> Tensor:
+    """Where an edit changed something, bool [H, W], from its pictures: dilate_r(box_3(max_c |source - target|) > 25).
+
+    box_3 is the mean over 3 x 3 pixels, fewer at the border, and dilate_r reaches r = max(1, min(H, W) / 128) pixels in
+    rows and columns. A change too slight to have a place, and one that leaves less than a twentieth, is of everything.
+    """
+    change_1HW = (source_3HW.double() - target_3HW.double()).abs().amax(0, keepdim=True)
+    smooth_1HW = F.avg_pool2d(change_1HW, 3, stride=1, padding=1, count_include_pad=False)
+    r = max(1, round(min(source_3HW.shape[1:]) / REACH))
+    changed_1HW = (smooth_1HW > CHANGED).double()
+    mask_HW = F.max_pool2d(changed_1HW, 2 * r + 1, stride=1, padding=r)[0] > 0
+    has_place = mask_HW.any() and (~mask_HW).double().mean() >= LEAST_KEPT
+    return mask_HW if has_place else torch.ones_like(mask_HW)
+
+
 def ssim(output_3HW: Tensor, target_3HW: Tensor) -> float:
     """Structural similarity (Wang et al. 2004, eq. 13), per channel, over all whole windows, then averaged.
 
     Raises:
         ShapeError: the image is smaller than the window of 11 pixels.
     """
+    return ssim_map(output_3HW, target_3HW).mean().item()
+
+
+def masked_ssim(output_3HW: Tensor, target_3HW: Tensor, mask_HW: Tensor) -> float | None:
+    """Structural similarity over the windows whose middle the mask holds; None where it holds none."""
+    inner = slice(SSIM_RADIUS, -SSIM_RADIUS)
+    chosen = ssim_map(output_3HW, target_3HW)[:, mask_HW[inner, inner]]
+    return chosen.mean().item() if chosen.numel() else None
+
+
+def ssim_map(output_3HW: Tensor, target_3HW: Tensor) -> Tensor:
+    """Structural similarity of every whole window [3, H - 10, W - 10]; ShapeError where there is none."""
     side = 2 * SSIM_RADIUS + 1
     if min(output_3HW.shape[1:]) < side:
         raise ShapeError(f"SSIM needs images of at least {side} pixels, not {list(output_3HW.shape[1:])}")
@@ -91,7 +121,7 @@ def ssim(output_3HW: Tensor, target_3HW: Tensor) -> float:
     var_x, var_y, cov = xx - mean_x**2, yy - mean_y**2, xy - mean_x * mean_y
     luminance = (2 * mean_x * mean_y + SSIM_C1) / (mean_x**2 + mean_y**2 + SSIM_C1)
     structure = (2 * cov + SSIM_C2) / (var_x + var_y + SSIM_C2)
-    return (luminance * structure).mean().item()
+    return luminance * structure
 
 
 def sharpness(output_3HW: Tensor, target_3HW: Tensor) -> float:

@@ -37,6 +37,7 @@ class Case:
         source, target: images of one size.
         mask_HW: bool, where the edit may change something.
         middle: the true frames between source and target, for methods that make a clip; None where unknown.
+        captions: what source and target show, in words; None where unknown.
     """
 
     id: str
@@ -47,6 +48,7 @@ class Case:
     mask_HW: Tensor
     groups: tuple[str, ...] = ()
     middle: Clip | None = None
+    captions: tuple[str, str] | None = None
 
 
 Make = Callable[[Sequence[Case], Sequence[int], int], list[Clip]]
@@ -194,9 +196,9 @@ def aggregate(results: Iterable[Result]) -> list[Row]:
     """Rows overall, per task and per group, for every seed and for all seeds together, in order of first appearance."""
     results = [*results]
     rows: list[Row] = []
-    for (method, steps), mine in _grouped(results, lambda r: [(r.method, r.steps)]).items():
-        for group, theirs in _grouped(mine, lambda r: [OVERALL, *r.groups, r.task]).items():
-            seeds = {s: mean_of([r.metrics for r in part]) for s, part in _grouped(theirs, lambda r: [r.seed]).items()}
+    for (method, steps), mine in grouped(results, lambda r: [(r.method, r.steps)]).items():
+        for group, theirs in grouped(mine, lambda r: [OVERALL, *r.groups, r.task]).items():
+            seeds = {s: mean_of([r.metrics for r in part]) for s, part in grouped(theirs, lambda r: [r.seed]).items()}
             rows += [Row(method, steps, group, seed, mean) for seed, mean in seeds.items()]
             together = mean_of([r.metrics for r in theirs])
             rows.append(Row(method, steps, group, None, together, _spread([*seeds.values()])))
@@ -208,8 +210,8 @@ def mean_of(scores: Sequence[Scores]) -> Metrics:
 
     Sharpness is a ratio: one output ten times as sharp as a flat target must not hide nine that are blurred.
     """
-    means = {f.name: _mean([getattr(s, f.name) for s in scores]) for f in fields(Scores)}
-    means["sharpness"] = math.exp(_mean([math.log(s.sharpness) for s in scores]) or 0.0)
+    means = {f.name: mean([getattr(s, f.name) for s in scores]) for f in fields(Scores)}
+    means["sharpness"] = math.exp(mean([math.log(s.sharpness) for s in scores]) or 0.0)
     return Metrics(**means, n=len(scores), n_keep=sum(s.keep_psnr is not None for s in scores))  # type: ignore[arg-type]
 
 
@@ -326,7 +328,7 @@ def _scores(case: Case, output: Clip, middle: Clip | None, judge: Judge | None) 
 
 def _middle_psnr(middle: Clip, truth: Clip) -> float | None:
     frames = zip(middle.frames_T3HW, truth.frames_T3HW, strict=True)
-    return _mean([psnr(a, b) for a, b in frames])
+    return mean([psnr(a, b) for a, b in frames])
 
 
 def _middle_frames(case: Case, clip: Clip) -> Clip | None:
@@ -405,7 +407,7 @@ def _refuse_twins(ids: Sequence[str]) -> None:
         raise DataError(f"two cases are called {twin!r}", where="evaluation")
 
 
-def _grouped(results: Sequence[Result], keys_of: Callable) -> dict:
+def grouped(results: Sequence, keys_of: Callable) -> dict:
     """Results under each of their keys, which appear in order of first use."""
     groups: dict = {}
     for result in results:
@@ -418,15 +420,17 @@ def _spread(seeds: Sequence[Metrics]) -> Metrics | None:
     if len(seeds) < 2:
         return None
     names = [f.name for f in fields(Scores)]
-    spreads = {name: _stdev([getattr(m, name) for m in seeds]) for name in names}
+    spreads = {name: deviation([getattr(m, name) for m in seeds]) for name in names}
     return Metrics(**spreads, n=len(seeds), n_keep=len(seeds))  # type: ignore[arg-type]
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
+def mean(values: Sequence[float | None]) -> float | None:
+    """Of the values that are known; None where none is."""
     known = [v for v in values if v is not None]
     return fmean(known) if known else None
 
 
-def _stdev(values: Sequence[float | None]) -> float | None:
+def deviation(values: Sequence[float | None]) -> float | None:
+    """Standard deviation (n - 1) of the values that are known; None of fewer than two."""
     known = [v for v in values if v is not None]
     return stdev(known) if len(known) > 1 else None
