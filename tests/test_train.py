@@ -1,7 +1,9 @@
 """DeepSpeed computes what PyTorch does, and a killed run goes on as if nothing had happened."""
 
+import json
 import math
 import random
+import re
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -13,12 +15,16 @@ from safetensors.torch import load_file
 from torch import nn
 from toy_training import Duo, Net, Toy, ToyStream, launch, made, plain, tensors, toy
 
-from v4e import dist, journal
-from v4e.config import Loop, Schedule
+from v4e import __version__, dist, journal
+from v4e.config import Loop, Schedule, flat
+from v4e.dist import Ranks
 from v4e.errors import CheckpointError, ConfigError, TrainingError
 from v4e.nouns import Draw, Optim, Player, Sample
-from v4e.train.engines import accumulation, cast, is_hidden_matrix
-from v4e.train.run import Run, flat, open_run, train_recipe
+from v4e.train.engines import accumulation, cast
+from v4e.train.meter import Work, named_peak, rates
+from v4e.train.norms import block_groups
+from v4e.train.optimisers import is_hidden_matrix
+from v4e.train.run import Run, open_run, train_recipe
 from v4e.train.schedule import factor
 
 ROOT = Path(__file__).parents[1]
@@ -380,17 +386,120 @@ def test_the_launcher_script_says_what_it_would_run():
     assert said.split()[-4:] == ["v4e.cli", "train", "a.yaml", "x=1"]
 
 
-def test_sheets_are_drawn_when_due(tmp_path):
-    recipe = toy(tmp_path, *SMALL, "loop.sheet_every=2", "zero_stage=3")
+class Sheet:
+    """Shows what the student makes of zeros."""
 
-    def sheet(step, players):
+    def edit(self, players):
         v = players["student"](torch.zeros(1, 6, 4), torch.zeros(1), None)[0]
         assert not v.requires_grad
-        return Image.new("RGB", (step, 1))
+        return v
 
-    train_recipe(recipe, lambda rank, world: ToyStream(recipe.loop, rank, world), sheet)
-    drawn = {p.name: Image.open(p).width for p in (tmp_path / "sheets").iterdir()}
+    def show(self, step, edits):
+        return Image.new("RGB", (step, 1)), {f"{maker}/mean": float(v.mean()) for maker, v in edits.items()}
+
+
+@pytest.mark.parametrize(("stage", "precision"), [(0, "bf16"), (1, "fp32"), (3, "bf16")])
+def test_validation_edits_are_made_by_student_and_average_and_change_nothing(tmp_path, stage, precision):
+    words = (*SMALL, "loop.sheet_every=2", f"zero_stage={stage}", f"loop.precision={precision}", "loop.ema=0.9")
+    shown, plain = toy(tmp_path / "shown", *words), toy(tmp_path / "plain", *words)
+    train_recipe(shown, lambda rank, world: ToyStream(shown.loop, rank, world), Sheet())
+    train(plain)
+    drawn = {p.name: Image.open(p).width for p in (tmp_path / "shown/sheets").iterdir()}
     assert drawn == {"sheet_0000002.png": 2, "sheet_0000003.png": 3}
+    for stem in ("weights", "average"):
+        assert all(torch.equal(weights(shown, stem)[name], t) for name, t in weights(plain, stem).items())
+    last = {m: journal.read(tmp_path / "shown")[-1][f"validation/{m}/mean"] for m in ("student", "average")}
+    for maker, stem in (("student", "weights"), ("average", "average")):
+        net = made(1)
+        net.load_state_dict(weights(shown, stem) | {"table": net.table}, strict=False)
+        net = net if precision == "fp32" else net.bfloat16()
+        net.table = made(1).table
+        wanted = net(torch.zeros(1, 6, 4), torch.zeros(1), None)[0].mean()
+        assert last[maker] == pytest.approx(float(wanted), rel=1e-5, abs=1e-6)
+    assert last["student"] != last["average"]
+
+
+# --------------------------------------------------------------------------------------- what the journal is told
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_norms_of_block_groups_add_up(tmp_path, stage, precision):
+    """Their squares to the whole gradient's; each to what PyTorch finds for its parameters."""
+    recipe = toy(tmp_path, *SMALL, f"zero_stage={stage}", f"loop.precision={precision}", "loop.steps=1")
+    train(recipe)
+    (line,) = journal.read(tmp_path)
+    found = {k.removeprefix("student/grad_norm/"): v for k, v in line.items() if "grad_norm/" in k}
+    gradients = {name: p.grad for name, p in plain_gradients(recipe).items()}
+    wanted = {
+        group: sum(float(g.norm()) ** 2 for name, g in gradients.items() if name.startswith(group) == (group != "rest"))
+        for group in ("blocks.0", "blocks.1")
+    }
+    wanted["rest"] = sum(float(g.norm()) ** 2 for name, g in gradients.items() if not name.startswith("blocks"))
+    near = 1e-5 if precision == "fp32" else 0.02
+    assert found == pytest.approx({group: square**0.5 for group, square in wanted.items()}, rel=near)
+    assert sum(v**2 for v in found.values()) ** 0.5 == pytest.approx(line["student/grad_norm"], rel=1e-5)
+
+
+def plain_gradients(recipe: Toy) -> dict[str, torch.nn.Parameter]:
+    """After the first step, before clipping."""
+    unclipped = replace(recipe, loop=replace(recipe.loop, clip=0.0))
+    return dict(plain(unclipped, 1)[2].named_parameters())
+
+
+def test_blocks_are_grouped_in_at_most_eight():
+    names = [f"blocks.{i}.up.weight" for i in range(40)] + ["head.weight", "proj.0.lora_A.default.weight"]
+    groups = block_groups(names)
+    assert groups["blocks.4.up.weight"] == "blocks.0-4" and groups["blocks.39.up.weight"] == "blocks.35-39"
+    assert len({g for g in groups.values() if g.startswith("blocks")}) == 8
+    assert (groups["head.weight"], groups["proj.0.lora_A.default.weight"]) == ("rest", "proj.0")
+    uneven = block_groups([f"blocks.{i}.w" for i in range(10)])
+    for name, group in uneven.items():
+        first, _, last = group.removeprefix("blocks.").partition("-")
+        assert int(first) <= int(name.split(".")[1]) <= int(last or first)
+
+
+def test_rates_are_told_by_hand():
+    """16 samples of 100 tokens in 2 s; 8e12 FLOPs in 2 s on two cards of 4 TFLOP/s are half of what they could."""
+    loop = Loop(batch=16, peak_tflops=4.0)
+    told = rates(Work(tokens=100, flops=8e12), loop, 2.0, Ranks(world=2))
+    assert told == {"step_s": 2.0, "samples_per_s": 8.0, "tokens_per_s": 800.0, "mfu": 0.5}
+    assert rates(Work(), Loop(batch=16), 2.0, Ranks()) == {"step_s": 2.0, "samples_per_s": 8.0}
+    assert "mfu" not in rates(Work(1, 1e12), Loop(batch=16), 2.0, Ranks())  # nobody knows a CPU's peak
+    assert [named_peak(n) / 1e12 for n in ("NVIDIA H100 80GB HBM3", "NVIDIA H100 PCIe", "GeForce 3")] == [989, 756, 0]
+
+
+def test_the_journal_says_what_was_run_and_how_fast(tmp_path):
+    recipe = toy(tmp_path, *SMALL, "zero_stage=0", "loop.peak_tflops=1.0")
+    train_recipe(recipe, lambda r, w: ToyStream(recipe.loop, r, w), data="shards-a", work=lambda: Work(6, 3e6))
+    first, *lines = map(json.loads, (tmp_path / "journal.jsonl").read_text().splitlines())
+    assert first["config"]["loop"]["batch"] == 4 and first["config"]["optim"]["lr"] == 0.01
+    run = first["config"]["run"]
+    assert (run["data"], run["ranks"], run["v4e"]) == ("shards-a", 1, __version__)
+    assert re.fullmatch(r"([0-9a-f]{12}(-dirty)?)?", run["revision"])
+    told = {"student/term/velocity", "student/weight/block", "student/lr/adamw", "student/grad_norm", "data_wait_s"}
+    told |= {"tokens_per_s", "samples_per_s", "mfu", "host_memory_gb", "quarantined", "skipped_steps", "loss_spikes"}
+    assert all(told <= set(line) for line in lines)
+    assert lines[0]["mfu"] == pytest.approx(3e6 / lines[0]["step_s"] / 1e12)
+    assert all(0.1 < lines[0][name] < 64 for name in ("host_memory_gb", "host_memory_peak_gb"))
+
+
+def test_no_key_reaches_what_a_run_writes(tmp_path, monkeypatch, capsys):
+    """Planted in the environment, in the settings and in what goes wrong. A checkpoint alone holds settings as given."""
+    key = "0123456789abcdef" * 2 + "01234567"
+    for variable in ("WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(variable, key)
+    words = ("loop.wandb.mode=offline", f"loop.wandb.name=run-{key}", f"loop.data=s3://me:{key}@host/shards")
+    recipe = toy(tmp_path, *SMALL, *words, "zero_stage=0", "loop.max_bad_samples=1")
+    stream = ToyStream(recipe.loop, 0, 1)
+    stream.quarantined["a"] = f"Bearer {key}"
+    train(recipe, stream=stream)
+    written = [p for p in tmp_path.rglob("*") if p.is_file() and p.name != "state.json"]
+    assert any(p.suffix == ".wandb" for p in written)
+    state = json.loads((tmp_path / "checkpoints/step_0000003/state.json").read_text())
+    assert state["quarantined"] == {"a": "Bearer ***"}
+    assert [p for p in written if key.encode() in p.read_bytes()] == []
+    assert key not in "".join(capsys.readouterr())
 
 
 def test_flat():

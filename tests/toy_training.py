@@ -32,9 +32,9 @@ C, D, S = 4, 32, 6  # channels, width, tokens
 
 
 class Block(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, hidden: int) -> None:
         super().__init__()
-        self.norm, self.up, self.down = nn.LayerNorm(D), nn.Linear(D, 2 * D), nn.Linear(2 * D, D)
+        self.norm, self.up, self.down = nn.LayerNorm(D), nn.Linear(D, hidden), nn.Linear(hidden, D)
         self.scale = nn.Parameter(torch.ones(1, 2, D))
 
     def forward(self, h: Tensor) -> Tensor:
@@ -44,11 +44,11 @@ class Block(nn.Module):
 class Net(nn.Module):
     """Tokens in, velocity and taps out, as a plain tuple."""
 
-    def __init__(self, checkpointing: bool = False) -> None:
+    def __init__(self, checkpointing: bool = False, hidden: int = 2 * D) -> None:
         super().__init__()
         self.checkpointing = checkpointing
         self.embed, self.head = nn.Linear(C, D), nn.Linear(D, C)
-        self.blocks = nn.ModuleList(Block() for _ in range(2))
+        self.blocks = nn.ModuleList(Block(hidden) for _ in range(2))
         angles = torch.outer(torch.arange(S), 1 / 10000 ** (torch.arange(0, D, dtype=torch.float64) / D))
         self.register_buffer("table", angles.cos().float(), persistent=False)
 
@@ -61,10 +61,10 @@ class Net(nn.Module):
         return (self.head(h), *tapped)
 
 
-def made(seed: int, checkpointing: bool = False) -> Net:
+def made(seed: int, checkpointing: bool = False, hidden: int = 2 * D) -> Net:
     """A net whose weights are a function of the seed."""
     torch.manual_seed(seed)
-    return Net(checkpointing)
+    return Net(checkpointing, hidden)
 
 
 def tensors(net: Net) -> list[tuple[str, Tensor]]:
@@ -86,6 +86,7 @@ class Toy:
     poison: str = ""
     poison_from: int = 0
     poison_to: int = 10**9
+    hidden: int = 2 * D
     zero_stage: int = 3
     optim: Optim = field(default_factory=lambda: Optim(lr=1e-2))
     loop: Loop = field(default_factory=Loop)
@@ -115,8 +116,8 @@ class Toy:
         return Losses({"velocity": v, "block": torch.stack(hidden).mean()}, {"velocity": 1.0, "block": 0.5})
 
     def _player(self, name: str, seed: int, trains: bool) -> Player:
-        build = lambda: Net(self.loop.checkpointing)  # noqa: E731
-        return Player(name, build, lambda: tensors(made(seed)), trains, self.optim, self.zero_stage)  # type: ignore
+        build = lambda: Net(self.loop.checkpointing, self.hidden)  # noqa: E731
+        return Player(name, build, lambda: tensors(made(seed, hidden=self.hidden)), trains, self.optim, self.zero_stage)  # type: ignore
 
 
 @dataclass(frozen=True)

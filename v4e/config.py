@@ -55,6 +55,24 @@ class Lora:
     layers: tuple[str, ...] = ("*blocks.*",)
 
 
+Place = Literal["none", "cpu", "nvme"]
+
+
+@dataclass(frozen=True)
+class Offload:
+    """What a training keeps outside the accelerator's memory: in main memory, or (ZeRO-3) on a disk.
+
+    Args:
+        optimizer: fp32 weights, gradients and AdamW's state; DeepSpeed's AdamW for CPUs then steps them.
+        parameters: weights of the forward pass while no layer needs them; ZeRO-3.
+        folder: on the disk, for ``nvme``; what is in there lives no longer than the process.
+    """
+
+    optimizer: Place = "none"
+    parameters: Place = "none"
+    folder: str = ""
+
+
 @dataclass(frozen=True)
 class Share:
     """One of several shard sets that train together.
@@ -86,7 +104,9 @@ class Loop:
         clip: largest gradient norm; 0 for none.
         ema: decay of the averaged weights; 0 for none.
         train: globs over names of parameters, such as ``blocks.3.*``: those that train; empty for all.
+        offload: what leaves the accelerator's memory.
         checkpointing: recompute activations block by block.
+        compile: ``torch.compile`` each repeated block; without ZeRO.
         save_every, sheet_every, log_every: in steps; 0 for only at the end.
         keep_last: checkpoints kept.
         keep_every: those of every so many steps are kept for good; 0 for none.
@@ -95,6 +115,7 @@ class Loop:
         spike: a loss this many robust standard deviations above the recent median is flagged; 0 for none.
         allow_change: settings, ``data`` or ``format``, that may differ from those the run was begun with.
         threads: CPU threads per rank; 0 shares the cores among the ranks.
+        peak_tflops: of one accelerator in the training's precision, for its utilisation; 0 looks its name up.
         cache_bytes: of samples kept in each rank's memory.
         disk_cache: folder that shards behind a URL are downloaded to; empty to ask the store for each sample.
         disk_cache_bytes: that the folder may hold; ranks and jobs of a machine may share it.
@@ -115,7 +136,9 @@ class Loop:
     ema: float = 0.0
     train: tuple[str, ...] = ()
     lora: Lora = field(default_factory=Lora)
+    offload: Offload = field(default_factory=Offload)
     checkpointing: bool = False
+    compile: bool = False
     schedule: Schedule = field(default_factory=Schedule)
     save_every: int = 0
     sheet_every: int = 0
@@ -127,6 +150,7 @@ class Loop:
     spike: float = 10.0
     allow_change: tuple[str, ...] = ()
     threads: int = 0
+    peak_tflops: float = 0.0
     cache_bytes: int = 0
     disk_cache: str = ""
     disk_cache_bytes: int = 0
@@ -177,6 +201,11 @@ def build(cls: type[R], tree: DictConfig, overrides: Sequence[str], where: str) 
 def to_dict(config: object) -> dict[str, Any]:
     """A frozen config as plain nested values, for printing, hashing and saving."""
     return json.loads(json.dumps(dataclasses.asdict(config)))  # type: ignore[arg-type]
+
+
+def flat(config: object) -> dict[str, str]:
+    """A config as "loop.batch" -> "16"."""
+    return {key: str(value) for key, value in _leaves(to_dict(config))}
 
 
 def to_yaml(config: object) -> str:

@@ -7,6 +7,7 @@ offline run. Only the rank that ``writes`` leaves anything; the others may call 
 import json
 import math
 import re
+import subprocess
 import sys
 import time
 import uuid
@@ -52,6 +53,7 @@ class Journal:
         folder: of the run; made if missing.
         wandb: where the curves also go.
         config: shown once; secrets are starred out.
+        facts: of this process, told beside the config: revision, identity of the data, ranks.
         resume_step: the last step that counts; later lines of an earlier process are set aside. None starts anew.
         writes: whether this rank leaves anything.
 
@@ -64,6 +66,7 @@ class Journal:
         folder: Path,
         wandb: Wandb = Wandb(mode="disabled"),  # noqa: B008  frozen
         config: Mapping[str, object] | None = None,
+        facts: Mapping[str, object] | None = None,
         *,
         resume_step: int | None = None,
         writes: bool = True,
@@ -72,7 +75,7 @@ class Journal:
         self._lines: TextIO | None = None
         self._curves: _Curves | None = None
         if writes:
-            self._open(wandb, config or {}, resume_step)
+            self._open(wandb, {**(config or {}), "run": facts or {}}, resume_step)
 
     def log(self, step: int, numbers: Mapping[str, float]) -> None:
         """Numbers of a step; steps never fall."""
@@ -130,6 +133,7 @@ class Journal:
         self.folder.mkdir(parents=True, exist_ok=True)
         seen = _set_aside(self.folder, -1 if resume_step is None else resume_step)
         self._lines = open(self.folder / LINES, "a", encoding="utf-8")  # noqa: SIM115  closed by close()
+        self._write({"time": round(time.time(), 3), "config": scrub(config)})
         if wandb.mode != "disabled":
             fresh = resume_step is None
             self._curves = _Curves(self.folder, wandb, scrub(config), fresh, -1 if fresh else seen)
@@ -153,7 +157,7 @@ class _Curves:
         self._run = self._wandb.init(
             dir=folder,
             project=settings.project,
-            name=settings.name or None,
+            name=str(scrub(settings.name)) or None,
             mode=self._allowed(settings.mode),
             id=_run_id(folder, fresh),
             resume="never" if fresh else "allow",
@@ -180,6 +184,22 @@ class _Curves:
             fix = "run `wandb login`, or use offline"
             raise ConfigError("Weights & Biases has no login", where="loop.wandb.mode", fix=fix)
         return mode
+
+
+def revision() -> str:
+    """Twelve hex digits of the git commit this code is at, with ``-dirty`` where it was changed; empty outside git."""
+    root = Path(__file__).resolve().parents[1]
+    try:
+        if Path(_git(root, "rev-parse", "--show-toplevel")).resolve() != root:
+            return ""  # installed somewhere inside another repository
+        return _git(root, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def _git(root: Path, *words: str) -> str:
+    done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=True, timeout=30)
+    return done.stdout.strip()
 
 
 @dataclass

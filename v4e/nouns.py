@@ -353,7 +353,7 @@ class Prediction:
 class Optim:
     """Optimiser settings of one player."""
 
-    name: Literal["adamw", "muon"] = "adamw"
+    name: Literal["adamw", "adamw8bit", "muon"] = "adamw"
     lr: float = 1e-5
     muon_lr: float = 0.02
     betas: tuple[float, float] = (0.9, 0.99)

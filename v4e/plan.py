@@ -24,7 +24,9 @@ from v4e.models.original import SIZES, diffusers_config
 from v4e.models.wan import WanBackbone
 from v4e.nouns import TEXT_TOKENS, Grid, Player
 from v4e.train.checkpoint import FILE_BYTES
-from v4e.train.engines import PERSISTENT, accumulation, choose, deepspeed_config, is_hidden_matrix
+from v4e.train.engines import PERSISTENT, accumulation, choose, deepspeed_config
+from v4e.train.meter import Work
+from v4e.train.optimisers import is_hidden_matrix
 from v4e.train.run import SHARD_BYTES
 from v4e.verbs import Recipe
 
@@ -399,6 +401,17 @@ def clips(loop: Loop, height: int, width: int, frames: int, teacher_frames: int,
         shards = ShardSet.open(loop.data, verify="none")
         return Data(shards.meta.student, shards.meta.teacher or shards.meta.student, len(shards))
     return Data(Grid(frames, height, width), Grid(teacher_frames, height, width), samples)
+
+
+def work(recipe: Recipe, ranks: int, data: Data) -> Work:
+    """What a step does, for the journal's rates: model FLOPs, so nothing that checkpointing computes again.
+
+    Raises:
+        ConfigError: the batch does not divide among the ranks.
+    """
+    once: Any = dataclasses.replace(recipe, loop=dataclasses.replace(recipe.loop, checkpointing=False))  # type: ignore
+    with TemporaryDirectory() as folder:
+        return Work(data.student.tokens, plan(stand_in(once, Path(folder)), Machine(ranks=ranks), data).flops)
 
 
 def planned(recipe: Recipe, machine: Machine, data: Data) -> tuple[Plan, str]:

@@ -1,13 +1,14 @@
-"""Contact sheets during training: fixed validation edits, made by the student as it is.
+"""Contact sheets during training: fixed validation edits, made by the student as it is, and what they are worth.
 
 Validation is a pre-encoded shard set, so no encoder is needed: every rank runs the same forwards, because ZeRO-3
 gathers from all of them, and rank 0 alone decodes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from PIL import Image
@@ -17,15 +18,18 @@ from v4e import flow
 from v4e.data.collate import student_conditions
 from v4e.data.shards import ShardSet
 from v4e.dist import Ranks
+from v4e.eval.metrics import edit_mask, score
 from v4e.eval.sheet import Column, SheetRow, draw
 from v4e.models.codec import WanCodec
 from v4e.nouns import Clip, Conditions, Sample, seed_of
 from v4e.verbs import Backbone
 
+MEASURED = ("psnr", "edit_psnr", "keep_psnr", "ssim", "sharpness")
+
 
 @dataclass
 class ContactSheet:
-    """Callable (step, players) -> picture on rank 0, None elsewhere.
+    """Makes the same edits each time, and shows and measures them.
 
     Args:
         validation: shard folder with encoded triplets.
@@ -43,27 +47,36 @@ class ContactSheet:
     steps: int = 4
     rows: int = 11
 
-    def __call__(self, step: int, players: Mapping[str, Backbone]) -> Image.Image | None:
-        """Edit every validation sample once, from the same noise each time."""
+    def edit(self, players: Mapping[str, Backbone]) -> Tensor:
+        """Edit every validation sample once, from the same noise each time; latents on the CPU."""
         model, conditions = players[self.player], self._conditions.to(self.ranks.device)
 
         def velocity(x_BCthw: Tensor, sigma_B: Tensor) -> Tensor:
             return model(x_BCthw, sigma_B, conditions)[0].float()
 
         with torch.no_grad():
-            z_BCthw = flow.euler(velocity, self._noise.to(self.ranks.device), flow.time_grid(self.steps, self.shift))
-        return self._draw(step, z_BCthw.cpu()) if self.ranks.is_main else None
+            grid = flow.time_grid(self.steps, self.shift)
+            return flow.euler(velocity, self._noise.to(self.ranks.device), grid).cpu()
 
-    def _draw(self, step: int, z_BCthw: Tensor) -> Image.Image:
-        edited = self._decoder.decode_last(z_BCthw)
-        columns = [Column("source"), Column("instruction", text_width=150), Column(self.player), Column("target")]
-        rows = [SheetRow(self._cells(s, clip)) for s, clip in zip(self._samples, edited, strict=True)]
-        return draw(f"step {step}, {self.steps} solver steps", columns, rows)
+    def show(self, step: int, edits: Mapping[str, Tensor]) -> tuple[Image.Image, dict[str, float]]:
+        """The sheet, a column for each maker, and ``maker/metric`` -> mean over the samples."""
+        edited = {maker: self._decoder.decode_last(z_BCthw) for maker, z_BCthw in edits.items()}
+        metrics = {f"{m}/{name}": value for m, clips in edited.items() for name, value in self._measure(clips).items()}
+        columns = [Column("source"), Column("instruction", text_width=150), *map(Column, edited), Column("target")]
+        made = zip(*edited.values(), strict=True)
+        rows = [SheetRow(self._cells(s, clips)) for s, clips in zip(self._samples, made, strict=True)]
+        return draw(f"step {step}, {self.steps} solver steps", columns, rows), metrics
+
+    def _measure(self, edited: Sequence[Clip]) -> dict[str, float]:
+        """Means over the samples of what :mod:`v4e.eval.metrics` says without a judge; of those that have it."""
+        each = [vars(score(*_pictures(s, clip))) for s, clip in zip(self._samples, edited, strict=True)]
+        told = {name: [one[name] for one in each if one[name] is not None] for name in MEASURED}
+        return {name: fmean(values) for name, values in told.items() if values}
 
     @staticmethod
-    def _cells(sample: Sample, edited: Clip) -> tuple[Clip | str, ...]:
+    def _cells(sample: Sample, made: Sequence[Clip]) -> tuple[Clip | str, ...]:
         assert sample.source and sample.target  # read with pictures
-        return sample.source, f"{sample.task}:\n{sample.instruction}", edited, sample.target
+        return sample.source, f"{sample.task}:\n{sample.instruction}", *made, sample.target
 
     @cached_property
     def _samples(self) -> list[Sample]:
@@ -83,3 +96,10 @@ class ContactSheet:
     @cached_property
     def _decoder(self) -> WanCodec:
         return WanCodec.load(self.codec)
+
+
+def _pictures(sample: Sample, edited: Clip) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, target, and a mask of where the target differs from the source."""
+    assert sample.source and sample.target  # read with pictures
+    source, target = sample.source.frames_T3HW[0], sample.target.frames_T3HW[0]
+    return edited.frames_T3HW[-1], target, edit_mask(source, target)

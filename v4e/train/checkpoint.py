@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from v4e import dist
-from v4e.config import Loop
+from v4e.config import Loop, flat
 from v4e.data.disk import flush
 from v4e.dist import Ranks
 from v4e.errors import CheckpointError
@@ -35,8 +35,10 @@ HARMLESS = (  # settings that may change from one process to the next without ch
     "loop.data", "loop.mixture", "loop.unit", "loop.window",  # the identity of the data tells these
     "loop.disk_cache", "loop.disk_cache_bytes",
     "loop.log_every", "loop.keep_last", "loop.keep_every", "loop.max_bad_samples", "loop.max_bad_steps",
-    "loop.spike", "loop.threads", "loop.cache_bytes", "loop.wandb", "loop.allow_change",
+    "loop.spike", "loop.threads", "loop.peak_tflops", "loop.offload.folder", "loop.offload.parameters",
+    "loop.cache_bytes", "loop.wandb", "loop.allow_change",
 )  # fmt: skip
+UNSAID = {f"loop.{key}": value for key, value in flat(Loop()).items()}  # of a setting younger than the checkpoint
 GENERATOR = "generator"
 
 
@@ -140,7 +142,7 @@ def _differences(state: State, now: State, loop: Loop) -> Iterator[tuple[str, ob
     # Another number of ranks may want other micro-batches; samples, order and batch stay.
     harmless = HARMLESS if state.world == now.world else (*HARMLESS, "loop.micro_batch")
     for key in sorted({*state.config, *now.config}):
-        was, new = state.config.get(key, "absent"), now.config.get(key, "absent")
+        was, new = state.config.get(key, UNSAID.get(key, "absent")), now.config.get(key, "absent")
         if was != new and not _is_among(key, harmless):
             yield key, was, new
 

@@ -7,9 +7,8 @@ gather what it needs.
 import io
 import json
 import logging
-import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -18,21 +17,21 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
-from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 from deepspeed.utils import logger as deepspeed_logger
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
 
-from v4e.config import Loop, Lora
+from v4e.config import Loop, Lora, Offload
 from v4e.dist import Ranks
 from v4e.errors import CheckpointError, ConfigError
 from v4e.models.lora import alone, merge, with_adapters
-from v4e.nouns import Optim, Player
+from v4e.nouns import Player
+from v4e.train.optimisers import groups, maker
+from v4e.train.possible import refuse
 from v4e.verbs import Backbone
 
 BUCKET = 50_000_000  # elements reduced or gathered at once; a 4M model fits into one
 PERSISTENT = 100_000  # ZeRO-3 leaves parameters below this many elements whole: norms, biases, tables
-MOMENTUM = 0.95  # Muon's
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,10 @@ class Role:
         return float("nan") if norm is None else float(norm), self.engine.was_step_applied()
 
     def masters(self) -> list[Tensor]:
-        """This rank's share of the fp32 weights, flat or whole, in a fixed order; written in place by the optimiser."""
+        """This rank's share of the fp32 weights, flat or whole, in a fixed order; written in place by the optimiser.
+
+        One that lies on a disk is empty unless it is :meth:`at_hand`.
+        """
         optimizer = optimizer_of(self.engine)
         if self.stage == 3:
             return list(optimizer.fp32_partitioned_groups_flat)
@@ -84,6 +86,24 @@ class Role:
             return list(optimizer.single_partition_of_fp32_groups)
         groups = optimizer.fp32_groups if self._has_copies else [g["params"] for g in optimizer.param_groups]
         return [p for group in groups for p in group]
+
+    @contextmanager
+    def at_hand(self, part: int) -> Iterator[Tensor]:
+        """Inside, one of the masters and its optimiser state are in memory, and may be changed."""
+        optimizer = optimizer_of(self.engine)
+        swapped = self.on_disk and optimizer._swappable_optimizer_subgroup(part)
+        if swapped:
+            optimizer._optimizer_states_and_gradient_swap_in(part)
+        try:
+            yield self.masters()[part]
+        finally:
+            if swapped:
+                optimizer._optimizer_states_and_gradient_swap_out(part)
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether masters and optimiser state may lie on a disk."""
+        return self.stage == 3 and optimizer_of(self.engine).swap_optimizer
 
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:
         """(name, whole fp32 tensor) of each parameter, adapters merged; every rank must draw all of them.
@@ -112,12 +132,22 @@ class Role:
         """Round the fp32 weights into those the forward pass uses; for what wrote the masters from outside."""
         optimizer = optimizer_of(self.engine)
         if self.stage == 3:
-            _refresh_cut(optimizer)
+            self._refresh_cut()
         elif self.stage:
             optimizer.update_lp_params()
         else:
             for parameter, master in self.copies().items():
                 parameter.data.copy_(master)
+
+    def _refresh_cut(self) -> None:
+        """The partitions, then the small parameters that stay whole."""
+        optimizer = optimizer_of(self.engine)
+        for part in range(len(self.masters())):
+            with self.at_hand(part):
+                optimizer._reassign_or_swap_out_partitioned_parameters(part)
+        if whole := optimizer.persistent_parameters:
+            whole[0].partition(whole)
+            whole[0].all_gather(whole)
 
     def inner(self) -> Any:
         """PyTorch's optimiser, whose state is keyed by the masters."""
@@ -183,15 +213,6 @@ def optimizer_of(engine: DeepSpeedEngine) -> Any:
     return engine.optimizer
 
 
-def _refresh_cut(optimizer: Any) -> None:
-    """ZeRO-3: the partitions, then the small parameters that stay whole."""
-    for group in range(len(optimizer.fp32_partitioned_groups_flat)):
-        optimizer._reassign_or_swap_out_partitioned_parameters(group)
-    if whole := optimizer.persistent_parameters:
-        whole[0].partition(whole)
-        whole[0].all_gather(whole)
-
-
 def cast(players: Sequence[Player], loop: Loop, ranks: Ranks) -> Cast:
     """Materialise players as engines.
 
@@ -229,6 +250,7 @@ def deepspeed_config(player: Player, stage: int, loop: Loop, ranks: Ranks) -> di
         "reduce_bucket_size": BUCKET,
         "allgather_bucket_size": BUCKET,
         "stage3_param_persistence_threshold": PERSISTENT,
+        **_offload(player, loop.offload),
     }
     return {
         "train_micro_batch_size_per_gpu": loop.micro_batch,
@@ -243,22 +265,42 @@ def deepspeed_config(player: Player, stage: int, loop: Loop, ranks: Ranks) -> di
     }
 
 
+def _offload(player: Player, away: Offload) -> dict[str, Any]:
+    """Where optimiser and weights lie; :mod:`v4e.train.possible` has refused what would not work."""
+    told = {}
+    if player.trains and away.optimizer != "none":
+        told["offload_optimizer"] = {"device": away.optimizer, "nvme_path": away.folder or None}
+    if away.parameters != "none":
+        told["offload_param"] = {"device": away.parameters, "nvme_path": away.folder or None}
+    return told
+
+
 @contextmanager
 def exchanged(role: Role, average: Sequence[Tensor]) -> Iterator[None]:
     """Inside, the fp32 weights are the averaged ones; the averages hold the weights meanwhile."""
-    _swap(role.masters(), average)
+    _swap(role, average)
     try:
         yield
     finally:
-        _swap(role.masters(), average)
+        _swap(role, average)
+
+
+@contextmanager
+def worn(role: Role, average: Sequence[Tensor]) -> Iterator[None]:
+    """Inside, the forward pass uses the averaged weights too; afterwards all is as before, to the bit."""
+    with exchanged(role, average):
+        role.refresh()
+        yield
+    role.refresh()
 
 
 @torch.no_grad()
-def _swap(a: Sequence[Tensor], b: Sequence[Tensor]) -> None:
-    for x, y in zip(a, b, strict=True):
-        kept = x.clone()
-        x.copy_(y)
-        y.copy_(kept)
+def _swap(role: Role, average: Sequence[Tensor]) -> None:
+    for part, kept in enumerate(average):
+        with role.at_hand(part) as master:
+            weights = master.clone()
+            master.copy_(kept)
+            kept.copy_(weights)
 
 
 def _prepare(ranks: Ranks) -> None:
@@ -280,22 +322,12 @@ def _backend(ranks: Ranks) -> str:
 def _engage(player: Player, loop: Loop, ranks: Ranks) -> Role:
     # Stages 1 and 2 shard optimiser states and gradients, of which a frozen player has none.
     stage = player.zero_stage if player.trains or player.zero_stage == 3 else 0
-    _refuse(player, stage, loop)
+    refuse(player, stage, loop, ranks)
     config = deepspeed_config(player, stage, loop, ranks)
     player = with_adapters(player, loop.lora) if player.trains and loop.lora.rank else player
     module = _build(player, config, stage, ranks)
     engine = _trained(module, player, stage, config, loop, ranks) if player.trains else _frozen(module, config)
     return Role(player, engine, stage, json.dumps(config, indent=1), loop.lora)
-
-
-def _refuse(player: Player, stage: int, loop: Loop) -> None:
-    """Name what DeepSpeed would do wrongly without a word."""
-    if player.trains and player.optim.name == "muon" and stage and loop.clip:
-        raise ConfigError(
-            f"ZeRO stage {stage} clips Muon's orthogonalised update: clip {loop.clip} would shrink it to nothing",
-            where=f"optim of player {player.name}",
-            fix="set loop.clip=0, or zero_stage=0",
-        )
 
 
 def _build(player: Player, config: dict[str, Any], stage: int, ranks: Ranks) -> nn.Module:
@@ -357,9 +389,11 @@ def _trained(
     module: nn.Module, player: Player, stage: int, config: dict[str, Any], loop: Loop, ranks: Ranks
 ) -> DeepSpeedEngine:
     choose(module, loop.train)
-    groups = _groups(module.train(), player.optim)
-    make = _optimizer(player.optim, ranks, loop.clip if stage == 0 and loop.precision == "fp32" else None)
-    engine = _initialize(model=module, model_parameters=groups, optimizer=make, config=config)
+    found = groups(module.train(), player.optim)
+    clip = loop.clip if stage == 0 and loop.precision == "fp32" else None
+    make = maker(player.optim, ranks, clip, loop.offload.optimizer != "none")
+    engine = _initialize(model=module, model_parameters=found, optimizer=make, config=config)
+    engine.enable_backward_allreduce = stage > 0 or ranks.world > 1  # alone, it would only copy gradients
     if stage == 0 and loop.precision == "bf16":
         _undo_rehearsal(engine)
     return engine
@@ -386,94 +420,6 @@ def _undo_rehearsal(engine: DeepSpeedEngine) -> None:
     for low, high in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
         for p, master in zip(low, high, strict=True):
             master.data.copy_(p.data)
-
-
-def _groups(module: nn.Module, optim: Optim) -> list[dict[str, Any]]:
-    """Parameter groups: Muon for the hidden matrices; weight decay for matrices alone."""
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    p: Any  # ZeRO hangs its attributes on parameters
-    for name, p in module.named_parameters():
-        if p.requires_grad:
-            matrix = _dimensions(p) >= 2
-            p.use_muon = optim.name == "muon" and is_hidden_matrix(name, _dimensions(p))  # ZeRO reads it there
-            groups.setdefault((p.use_muon, matrix or not optim.weight_decay), []).append(p)
-    if not groups:
-        raise ConfigError("a player that trains has no parameter with gradients", where="recipe")
-    return [_group(groups[kind], kind[0], optim, kind[1]) for kind in sorted(groups)]
-
-
-def _group(params: list[nn.Parameter], muon: bool, optim: Optim, decays: bool) -> dict[str, Any]:
-    shared = {"params": params, "weight_decay": optim.weight_decay if decays else 0.0}
-    if muon:
-        return {**shared, "use_muon": True, "lr": optim.muon_lr, "momentum": MOMENTUM}
-    return {**shared, "use_muon": False, "lr": optim.lr, "betas": tuple(optim.betas), "eps": optim.eps}
-
-
-def is_hidden_matrix(name: str, dimensions: int) -> bool:
-    """Muon's domain: 2-D weights inside repeated blocks, not embeddings, tables or the head."""
-    return dimensions == 2 and any(part.isdigit() for part in name.split("."))
-
-
-def _dimensions(p: Any) -> int:
-    """ZeRO-3 flattens what it partitions."""
-    return len(p.ds_shape) if "ds_shape" in vars(p) else p.ndim
-
-
-def _optimizer(optim: Optim, ranks: Ranks, clip: float | None) -> Callable[[list], torch.optim.Optimizer]:
-    """What DeepSpeed calls with the groups. ``clip`` is None where DeepSpeed clips and skips itself."""
-
-    def adamw(groups: list) -> torch.optim.Optimizer:
-        kind = torch.optim.AdamW if clip is None else _GuardedAdamW
-        return _with_clip(kind([_without(g, "use_muon") for g in groups], **_fused(ranks)), clip)
-
-    def muon(groups: list) -> torch.optim.Optimizer:
-        method = "standard" if ranks.device.type == "cpu" else "gram"  # "gram" runs in fp16, ten times slower on a CPU
-        groups = [{**g, "ns_method": method} if g["use_muon"] else g for g in groups]
-        kind = MuonWithAuxAdam if clip is None else _GuardedMuon
-        return _with_clip(kind(groups, torch.optim.AdamW, _fused(ranks)), clip)
-
-    return muon if optim.name == "muon" else adamw
-
-
-def _without(group: Mapping[str, Any], key: str) -> dict[str, Any]:
-    return {k: v for k, v in group.items() if k != key}
-
-
-def _fused(ranks: Ranks) -> dict[str, Any]:
-    return {"fused": True} if ranks.device.type == "cuda" else {"foreach": True}
-
-
-def _with_clip(optimizer: torch.optim.Optimizer, clip: float | None) -> torch.optim.Optimizer:
-    if isinstance(optimizer, _Guarded):
-        optimizer.clip = clip or math.inf
-    return optimizer
-
-
-class _Guarded:
-    """Clips, and skips a step whose gradients are not finite, as DeepSpeed's own optimisers do.
-
-    The engine reads ``overflow`` and ``_global_grad_norm``. Gradients are already averaged over the ranks, so each
-    rank decides alike.
-    """
-
-    clip = math.inf
-    overflow = False
-    _global_grad_norm = 0.0
-
-    def step(self, closure: None = None) -> None:
-        parameters = [p for group in self.param_groups for p in group["params"]]  # type: ignore[attr-defined]
-        self._global_grad_norm = float(nn.utils.clip_grad_norm_(parameters, self.clip))
-        self.overflow = not math.isfinite(self._global_grad_norm)
-        if not self.overflow:
-            super().step()  # type: ignore[misc]
-
-
-class _GuardedAdamW(_Guarded, torch.optim.AdamW):
-    """AdamW for fp32 without ZeRO."""
-
-
-class _GuardedMuon(_Guarded, MuonWithAuxAdam):
-    """Muon for fp32 without ZeRO."""
 
 
 def export_weights(role: Role, average: Iterable[Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:

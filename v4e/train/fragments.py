@@ -12,15 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from deepspeed.ops.adam import DeepSpeedCPUAdam
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from v4e.dist import Ranks
 from v4e.errors import CheckpointError
 from v4e.train.engines import Role, optimizer_of
+from v4e.train.optimisers import is_fused
 
 MASTER, AVERAGE, MOMENTUM = "master", "average", "momentum_buffer"  # kinds of values; the optimiser names its own
 NUMBER = "#"  # begins a kind of which a parameter has one, such as Adam's count of steps
+WHOLE = "="  # begins a kind that is kept as the optimiser has it
+Named = tuple[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -59,34 +63,45 @@ def fragments(role: Role, ranks: Ranks) -> list[Fragment]:
 
 def collect(role: Role, average: Sequence[Tensor], ranks: Ranks) -> Iterator[tuple[str, Tensor]]:
     """(``player|kind|parameter|start``, values) of all that this rank writes of a player."""
-    masters, states = role.masters(), _states(role)
-    for f in _shared(fragments(role, ranks), role, ranks):
-        yield _key(role, MASTER, f), f.of(masters[f.part])
-        if average:
-            yield _key(role, AVERAGE, f), f.of(average[f.part])
-        for kind, value in states[f.part].items():
-            if not _own_layout(role, kind):
-                yield _state(role, kind, value, masters[f.part], f)
-    for part, kept in enumerate(states):
-        for f in _whole_matrices(role, part) if MOMENTUM in kept and _own_layout(role, MOMENTUM) else ():
-            yield _key(role, MOMENTUM, f), f.of(kept[MOMENTUM])
+    for part, pieces in _by_part(_shared(fragments(role, ranks), role, ranks)).items():
+        with role.at_hand(part) as master:
+            state = role.inner().state[master]
+            for f in pieces:
+                yield _key(role, MASTER, f), f.of(master)
+                if average:
+                    yield _key(role, AVERAGE, f), f.of(average[f.part])
+            if _in_blocks(role):
+                yield from _whole_state(role, pieces[0], state, ranks)
+            else:
+                yield from _state(role, pieces, state, master)
 
 
 @torch.no_grad()
 def restore(role: Role, average: Sequence[Tensor], archive: "Archive", ranks: Ranks) -> None:
-    """Fill masters, averages and optimiser states from what any number of ranks wrote."""
-    masters, states = role.masters(), _states(role)
-    by_part: dict[int, list[Fragment]] = defaultdict(list)
-    for f in fragments(role, ranks):
-        by_part[f.part].append(f)
-    for part, pieces in by_part.items():
-        archive.fill(role.player.name, MASTER, pieces, masters[part])
-        kinds = archive.kinds(role.player.name, pieces[0].name)
-        if average:  # begun in this run where the checkpoint has none
-            archive.fill(role.player.name, AVERAGE if AVERAGE in kinds else MASTER, pieces, average[part])
-        kept = sorted(kinds - {MASTER, AVERAGE})
-        states[part].update({k.removeprefix(NUMBER): _restored(role, k, part, pieces, archive) for k in kept})
+    """Fill masters, averages and optimiser states from what any number of ranks wrote.
+
+    Raises:
+        CheckpointError: the states fit the number of ranks that wrote them alone.
+    """
+    for part, pieces in _by_part(fragments(role, ranks)).items():
+        with role.at_hand(part) as master:
+            archive.fill(role.player.name, MASTER, pieces, master)
+            kinds = archive.kinds(role.player.name, pieces[0].name)
+            if average:  # begun in this run where the checkpoint has none
+                archive.fill(role.player.name, AVERAGE if AVERAGE in kinds else MASTER, pieces, average[part])
+            state = role.inner().state[master]
+            if _in_blocks(role):
+                state.update(_restored_whole(role, pieces[0], archive, ranks))
+            kept = sorted(kinds - {MASTER, AVERAGE})
+            state.update({k.removeprefix(NUMBER): _restored(role, k, master, pieces, archive) for k in kept})
     role.refresh()
+
+
+def _by_part(pieces: Iterable[Fragment]) -> dict[int, list[Fragment]]:
+    found: dict[int, list[Fragment]] = defaultdict(list)
+    for f in pieces:
+        found[f.part].append(f)
+    return found
 
 
 class Archive:
@@ -115,6 +130,14 @@ class Archive:
     def kinds(self, player: str, name: str) -> set[str]:
         """What is kept of a parameter."""
         return self._kinds.get((player, name), set())
+
+    def holds(self, player: str, prefix: str) -> bool:
+        """Whether there is any kind of a player's that begins so."""
+        return any(who == player and kind.startswith(prefix) for who, kind, _ in self._runs)
+
+    def whole(self, player: str, kind: str, name: str) -> Tensor:
+        """All elements of what one rank wrote."""
+        return self.read(player, kind, name, 0, self._runs[player, kind, name][-1].end)
 
     def fill(self, player: str, kind: str, pieces: Iterable[Fragment], target: Tensor) -> None:
         """Copy the pieces' values to their places in a tensor."""
@@ -171,19 +194,24 @@ def _shared(pieces: Sequence[Fragment], role: Role, ranks: Ranks) -> Sequence[Fr
     return pieces if role.stage else pieces[ranks.rank :: ranks.world]
 
 
-def _states(role: Role) -> list[dict[str, Any]]:
-    """What the optimiser keeps beside each master."""
-    state = role.inner().state
-    return [state[master] for master in role.masters()]
-
-
 def _key(role: Role, kind: str, f: Fragment) -> str:
     return f"{role.player.name}|{kind}|{f.name}|{f.start}"
 
 
-def _state(role: Role, kind: str, value: Any, master: Tensor, f: Fragment) -> tuple[str, Tensor]:
+def _state(role: Role, pieces: Sequence[Fragment], state: Mapping[str, Any], master: Tensor) -> Iterator[Named]:
+    """What the optimiser keeps beside a master, for the parameters that have pieces of it."""
+    for kind, value in state.items():
+        if _own_layout(role, kind):
+            yield from ((_key(role, kind, f), f.of(value)) for f in _whole_matrices(role, pieces[0].part))
+        else:
+            yield from (_piece(role, kind, value, master, f) for f in pieces)
+
+
+def _piece(role: Role, kind: str, value: Any, master: Tensor, f: Fragment) -> Named:
     if isinstance(value, Tensor) and value.shape == master.shape:
         return _key(role, kind, f), f.of(value)
+    if isinstance(value, int):  # DeepSpeed's AdamW for CPUs counts without a tensor
+        value = torch.tensor(float(value))
     if isinstance(value, Tensor) and value.numel() == 1:
         return f"{role.player.name}|{NUMBER}{kind}|{f.name}|0", value.detach().view(1)
     raise CheckpointError(
@@ -205,13 +233,15 @@ def _whole_matrices(role: Role, part: int) -> list[Fragment]:
     return [Fragment(names[p], 0, p.numel(), part, offset) for p, offset in zip(held, offsets, strict=False)]
 
 
-def _restored(role: Role, kind: str, part: int, pieces: Sequence[Fragment], archive: Archive) -> Tensor:
-    """One state tensor of one master, as the optimiser would have made it."""
-    master, player = role.masters()[part], role.player.name
+def _restored(role: Role, kind: str, master: Tensor, pieces: Sequence[Fragment], archive: Archive) -> Tensor | int:
+    """One state of one master, as the optimiser would have made it."""
+    player = role.player.name
     if kind.startswith(NUMBER):
         number = archive.read(player, kind, pieces[0].name, 0, 1)
-        return number.view(()).to(master.device if _fused(role.inner().param_groups) else "cpu")
-    pieces = _whole_matrices(role, part) if _own_layout(role, kind) else pieces
+        if isinstance(role.inner(), DeepSpeedCPUAdam):
+            return int(number)
+        return number.view(()).to(master.device if is_fused(role.inner().param_groups) else "cpu")
+    pieces = _whole_matrices(role, pieces[0].part) if _own_layout(role, kind) else pieces
     dtype = archive.read(player, kind, pieces[0].name, 0, 1).dtype
     shape = (sum(f.size for f in pieces),) if _own_layout(role, kind) else master.shape
     values = torch.zeros(shape, dtype=dtype, device=master.device)
@@ -219,5 +249,39 @@ def _restored(role: Role, kind: str, part: int, pieces: Sequence[Fragment], arch
     return values
 
 
-def _fused(groups: Sequence[Mapping[str, Any]]) -> bool:
-    return any(group.get("fused") for group in groups)
+# ------------------------------------------------------------------------------------------- states in blocks
+
+
+def _in_blocks(role: Role) -> bool:
+    """8-bit states: blocks of 256 elements, with a scale each, that heed no parameter's end."""
+    return role.player.optim.name == "adamw8bit"
+
+
+def _whole_state(role: Role, first: Fragment, state: Mapping[str, Any], ranks: Ranks) -> Iterator[Named]:
+    for kind, value in state.items():
+        tensor = value.detach().view(-1) if isinstance(value, Tensor) else torch.tensor([value])
+        yield f"{role.player.name}|{WHOLE}{kind}|{_holder(role, first, ranks)}|0", tensor
+
+
+def _restored_whole(role: Role, first: Fragment, archive: Archive, ranks: Ranks) -> dict[str, Any]:
+    player, holder = role.player.name, _holder(role, first, ranks)
+    kinds = [kind for kind in archive.kinds(player, holder) if kind.startswith(WHOLE)]
+    if not kinds and archive.holds(player, WHOLE):
+        raise CheckpointError(
+            "8-bit states are cut into blocks that fit the number of ranks that wrote them, and their ZeRO stage",
+            where=f"player {player}",
+            fix="go on with as many ranks as before; only without ZeRO may their number change",
+        )
+    master = role.masters()[first.part]
+    return {kind.removeprefix(WHOLE): _like(archive.whole(player, kind, holder), master) for kind in kinds}
+
+
+def _like(values: Tensor, master: Tensor) -> Tensor | int:
+    if values.dtype == torch.int64:
+        return int(values)
+    return values.to(master.device).view(master.shape if values.numel() == master.numel() else -1)
+
+
+def _holder(role: Role, first: Fragment, ranks: Ranks) -> str:
+    """Whose a whole state is: without ZeRO a parameter's; else that of a rank's part among so many ranks."""
+    return f"{first.part}.{ranks.rank}.{ranks.world}.{role.stage}" if role.stage else first.name

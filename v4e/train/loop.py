@@ -16,19 +16,30 @@ import torch
 from torch import Tensor
 
 from v4e import dist
+from v4e.config import Loop
 from v4e.dist import Ranks
 from v4e.errors import TrainingError
+from v4e.journal import scrub
 from v4e.nouns import Draw, EditBatch, Losses
 from v4e.train.engines import Cast, Role
 from v4e.train.guards import WINDOW, surprise
+from v4e.train.meter import Work, memory, rates
+from v4e.train.norms import group_norms
 from v4e.train.schedule import factor
 from v4e.verbs import Recipe, Slice, Stream
+
+After = Callable[[dict[str, float] | None], None]
 
 
 @dataclass
 class Tally:
-    """Sums since the journal was last told; each term's sum comes with its count."""
+    """Sums since the journal was last told; each term's sum comes with its count.
 
+    Args:
+        ends: whether the journal is told after this step, and so what takes time to find out is found out.
+    """
+
+    ends: bool = False
     sums: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     counts: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     began: float = field(default_factory=time.perf_counter)
@@ -76,12 +87,14 @@ class Outcome:
         moved: whether the weights did.
         loss: mean over this rank's slices.
         suspects: keys of this rank whose losses were not finite.
+        norms: of groups of blocks, where the journal is told.
     """
 
     norm: float
     moved: bool
     loss: float
     suspects: tuple[str, ...]
+    norms: Mapping[str, float] = field(default_factory=dict)
 
 
 def train(
@@ -91,8 +104,9 @@ def train(
     progress: Progress,
     ranks: Ranks,
     *,
-    after: Callable[[dict[str, float] | None], None],
+    after: After,
     asked: Callable[[], bool] = bool,
+    work: Work = Work(),  # noqa: B008  frozen
 ) -> bool:
     """Improve the players until ``recipe.loop.steps``; False where it was asked to stop before.
 
@@ -100,12 +114,14 @@ def train(
         progress: where to go on from; counted up in place.
         after: called after each step on every rank, with numbers when it is time to log.
         asked: whether this rank is to stop; between two steps all ranks stop together.
+        work: of a step, for rates.
 
     Raises:
         TrainingError: too many steps in a row were not finite, or too many samples are damaged.
     """
     loop, tally = recipe.loop, Tally()
     while progress.step < loop.steps:
+        tally.ends = (progress.step + 1) % max(1, loop.log_every) == 0 or progress.step + 1 == loop.steps
         began = time.perf_counter()
         slices = stream.step(progress.step)
         tally.add("data_wait_s", time.perf_counter() - began)
@@ -117,10 +133,11 @@ def train(
         for turn, outcome in outcomes.items():
             if outcome.moved:
                 tally.add(f"{turn}/grad_norm", outcome.norm)
+                for group, norm in outcome.norms.items():
+                    tally.add(f"{turn}/grad_norm/{group}", norm)
         progress.step += 1
-        due = progress.step % max(1, loop.log_every) == 0 or progress.step == loop.steps
-        after(_numbers(tally, progress, cast, stream, loop.batch, ranks) if due else None)
-        tally = Tally() if due else tally
+        after(_numbers(tally, progress, cast, stream, loop, work, ranks) if tally.ends else None)
+        tally = Tally() if tally.ends else tally
     return True
 
 
@@ -134,16 +151,23 @@ def _step(
     for turn in recipe.turns(step):
         with cast.only(turn) as role:
             role.set_lr(factor(recipe.loop.schedule, step, recipe.loop.steps))
-            outcomes[turn] = _turn(recipe, cast, role, batches, draws, step, tally)
+            outcomes[turn] = _turn(recipe, cast, role, batches, draws, step, tally, ranks)
     return outcomes
 
 
 def _turn(
-    recipe: Recipe, cast: Cast, role: Role, batches: list[EditBatch], draws: list[Draw], step: int, tally: Tally
+    recipe: Recipe,
+    cast: Cast,
+    role: Role,
+    batches: list[EditBatch],
+    draws: list[Draw],
+    step: int,
+    tally: Tally,
+    ranks: Ranks,
 ) -> Outcome:
     turn, suspects, told = role.player.name, [], []
     players = cast.scene(turn)
-    norm, moved = math.nan, False
+    norm, moved, norms = math.nan, False, {}
     for batch, draw in zip(batches, draws, strict=True):
         losses = recipe.losses(players, batch, draw, turn, step)
         total = losses.total
@@ -152,8 +176,10 @@ def _turn(
             suspects += batch.keys
             total = total * math.nan  # makes the gradients non-finite on every rank, so that all skip alike
         role.engine.backward(total)
+        if tally.ends and role.engine.is_gradient_accumulation_boundary():
+            norms = group_norms(role, ranks)
         norm, moved = role.step()
-    return Outcome(norm, moved, fmean(told), tuple(suspects))
+    return Outcome(norm, moved, fmean(told), tuple(suspects), norms)
 
 
 def _note(losses: Losses, total: Tensor, turn: str, tally: Tally) -> bool:
@@ -224,23 +250,27 @@ def _consult(stream: Stream, limit: int, asked: Callable[[], bool], ranks: Ranks
 
 
 def quarantined(stream: Stream) -> dict[str, str]:
-    """Damaged samples met by any rank."""
-    return {key: why for part in dist.gather(dict(stream.quarantined)) for key, why in part.items()}
+    """Damaged samples met by any rank, and why; keys and tokens in the reasons are starred out."""
+    return {key: str(scrub(why)) for part in dist.gather(dict(stream.quarantined)) for key, why in part.items()}
 
 
 def _numbers(
-    tally: Tally, progress: Progress, cast: Cast, stream: Stream, batch: int, ranks: Ranks
+    tally: Tally, progress: Progress, cast: Cast, stream: Stream, loop: Loop, work: Work, ranks: Ranks
 ) -> dict[str, float]:
     numbers = tally.means(ranks.device)
-    steps = tally.counts["data_wait_s"]
+    seconds = (time.perf_counter() - tally.began) / tally.counts["data_wait_s"]
     for name, role in cast.trained.items():
         numbers |= {f"{name}/lr/{part}": lr for part, lr in role.lr.items()}
-    return numbers | {
-        "samples_per_s": batch * steps / (time.perf_counter() - tally.began),
-        "skipped_steps": progress.skipped,
-        "loss_spikes": progress.spikes,
-        "quarantined": len(quarantined(stream)),
-    }
+    return (
+        numbers
+        | rates(work, loop, seconds, ranks)
+        | memory(ranks)
+        | {
+            "skipped_steps": progress.skipped,
+            "loss_spikes": progress.spikes,
+            "quarantined": len(quarantined(stream)),
+        }
+    )
 
 
 def to_device(value: Any, device: torch.device) -> Any:

@@ -4,30 +4,44 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from v4e import dist
-from v4e.config import Loop, to_dict
+from v4e import __version__, dist
+from v4e.config import Loop, flat, to_dict
 from v4e.dist import Ranks
 from v4e.errors import CheckpointError, ConfigError, PreemptedError
-from v4e.journal import Bar, Journal
+from v4e.journal import Bar, Journal, revision
 from v4e.train import checkpoint
-from v4e.train.engines import Cast, accumulation, cast, export_adapters, export_weights
+from v4e.train.engines import Cast, Role, accumulation, cast, export_adapters, export_weights, worn
 from v4e.train.guards import Notice
-from v4e.train.loop import Progress, quarantined, train
+from v4e.train.loop import After, Progress, quarantined, train
+from v4e.train.meter import Work
 from v4e.train.watch import Watch
 from v4e.verbs import Backbone, Recipe, Stream
 
 MakeStream = Callable[[int, int], Stream]  # (rank, world)
-Sheet = Callable[[int, Mapping[str, Backbone]], Image.Image | None]  # (step, players); every rank calls, rank 0 draws
 SHARD_BYTES = 5 * 1024**3  # of one weights file
+
+
+class Sheet(Protocol):
+    """Fixed validation edits, made and shown during training."""
+
+    def edit(self, players: Mapping[str, Backbone]) -> Tensor:
+        """The edits by the players as they are; every rank calls it, for ZeRO-3 gathers from all."""
+        ...
+
+    def show(self, step: int, edits: Mapping[str, Tensor]) -> tuple[Image.Image, dict[str, float]]:
+        """A picture of the edits by who made them, and their metrics; rank 0 alone is asked."""
+        ...
 
 
 @dataclass
@@ -50,6 +64,7 @@ class Run:
     sheet: Sheet | None = None
     data: str = ""
     saved: int = -1
+    work: Work = Work()
 
     @property
     def loop(self) -> Loop:
@@ -67,10 +82,13 @@ class Run:
             TrainingError: see :func:`v4e.train.loop.train`.
         """
         with self.journal.bar("train", self.loop.steps, self.progress.step) as bar:
-            after = partial(self._after, bar)
-            if not train(self.recipe, self.stream, self.cast, self.progress, self.ranks, after=after, asked=notice):
+            if not self._train(partial(self._after, bar), notice):
                 self._give_way(notice)
         self.write_weights()
+
+    def _train(self, after: After, notice: Notice) -> bool:
+        parts = self.recipe, self.stream, self.cast, self.progress, self.ranks
+        return train(*parts, after=after, asked=notice, work=self.work)
 
     def write_weights(self) -> None:
         """``weights/<player>/weights.safetensors``, and ``average.safetensors`` where averages are kept.
@@ -115,13 +133,12 @@ class Run:
         for sentence in self.progress.news:
             self.journal.say(sentence)
         self.progress.news.clear()
-        if numbers:
-            self.journal.log(step, numbers)
+        shown = self._validate(step) if last or _due(step, self.loop.sheet_every) else {}
+        if numbers or shown:
+            self.journal.log(step, {**(numbers or {}), **shown})
         bar.advance(1, **_brief(numbers or {}))
         if last or _due(step, self.loop.save_every):
             self.save()
-        if self.sheet and (last or _due(step, self.loop.sheet_every)):
-            self._draw(step)
 
     @torch.no_grad()
     def _average(self) -> None:
@@ -130,14 +147,30 @@ class Run:
         decay = min(self.loop.ema, (1 + n) / (10 + n))
         for name, averages in self.averages.items():
             if averages:
-                torch._foreach_lerp_(averages, self.cast.roles[name].masters(), 1 - decay)
+                _move(self.cast.roles[name], averages, 1 - decay)
 
     @torch.no_grad()
-    def _draw(self, step: int) -> None:
-        assert self.sheet is not None
-        image = self.sheet(step, self.cast)
-        if image is not None:
-            self.journal.picture(step, "sheet", image)
+    def _validate(self, step: int) -> dict[str, float]:
+        """Edit the validation samples with the weights and with their averages; metrics, on rank 0."""
+        if self.sheet is None:
+            return {}
+        edits = {"student": self.sheet.edit(self.cast)}
+        if self.loop.ema:
+            with self._averaged():
+                edits["average"] = self.sheet.edit(self.cast)
+        if not self.ranks.is_main:
+            return {}
+        image, metrics = self.sheet.show(step, edits)
+        self.journal.picture(step, "sheet", image)
+        return {f"validation/{name}": value for name, value in metrics.items()}
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """Inside, the players are their averages."""
+        with ExitStack() as stack:
+            for name, role in self.cast.trained.items():
+                stack.enter_context(worn(role, self.averages[name]))
+            yield
 
     def _write(self, folder: Path, stem: str, weights: Iterator[tuple[str, Tensor]]) -> None:
         """One file, or numbered ones of at most SHARD_BYTES; every rank draws the weights, rank 0 writes."""
@@ -147,6 +180,24 @@ class Run:
                 writer.add(name, tensor)
         if writer:
             writer.close()
+
+
+def _move(role: Role, averages: list[Tensor], share: float) -> None:
+    if role.on_disk:
+        for part, average in enumerate(averages):
+            with role.at_hand(part) as master:
+                average.lerp_(master, share)
+    else:
+        torch._foreach_lerp_(averages, role.masters(), share)
+
+
+def _averages(role: Role) -> list[Tensor]:
+    """Averages that have yet to leave the first weights."""
+    found = []
+    for part in range(len(role.masters())):
+        with role.at_hand(part) as master:
+            found.append(master.detach().clone())
+    return found
 
 
 class _Writer:
@@ -180,22 +231,28 @@ class _Writer:
 
 
 def train_recipe(
-    recipe: Recipe, make_stream: MakeStream, sheet: Sheet | None = None, resume: str = "auto", data: str = ""
+    recipe: Recipe,
+    make_stream: MakeStream,
+    sheet: Sheet | None = None,
+    resume: str = "auto",
+    data: str = "",
+    work: Callable[[], Work] = Work,
 ) -> Path:
     """Train a recipe from the first step or from where it stopped; the folder of the weights.
 
     Args:
         make_stream: (rank, world) -> this rank's stream.
-        sheet: draws a contact sheet; every rank calls it, rank 0 returns a picture.
+        sheet: makes and shows validation edits.
         resume: ``auto`` goes on from the last whole checkpoint, ``never`` starts anew, else a checkpoint's folder.
         data: what changes when the stream's samples or their order do; a run goes on with the same alone.
+        work: says what a step does, for the journal's rates.
 
     Raises:
         ConfigError, CheckpointError, TrainingError, PreemptedError: see their classes.
     """
     ranks = dist.start(recipe.loop.threads)
     with Notice() as notice, Watch(ranks) as watch:
-        run = open_run(recipe, make_stream, sheet, resume, ranks, data)
+        run = open_run(recipe, make_stream, sheet, resume, ranks, data, work)
         try:
             run.go(notice)
         except BaseException as error:
@@ -209,7 +266,13 @@ def train_recipe(
 
 
 def open_run(
-    recipe: Recipe, make_stream: MakeStream, sheet: Sheet | None, resume: str, ranks: Ranks, data: str = ""
+    recipe: Recipe,
+    make_stream: MakeStream,
+    sheet: Sheet | None,
+    resume: str,
+    ranks: Ranks,
+    data: str = "",
+    work: Callable[[], Work] = Work,
 ) -> Run:
     """Set the stage: find the checkpoint, cast the players, restore them."""
     loop = recipe.loop
@@ -223,13 +286,13 @@ def open_run(
         checkpoint.agree(state, fresh, loop, start)
     stream = make_stream(ranks.rank, ranks.world)  # before the networks: it fails sooner
     players = cast(recipe.players(), loop, ranks)
-    averages = {n: [t.detach().clone() for t in r.masters()] if loop.ema else [] for n, r in players.trained.items()}
+    averages = {name: _averages(role) if loop.ema else [] for name, role in players.trained.items()}
     if start:
         checkpoint.load(start, players, averages, ranks)
     sentences = [*complaints, *_greeting(start, state, ranks)]
-    journal = _journal(recipe, state.step if start else None, ranks, players, sentences)
+    journal = _journal(recipe, state.step if start else None, ranks, players, data, sentences)
     saved = state.step if start else -1
-    return Run(recipe, players, averages, stream, journal, _progress(state), ranks, sheet, data, saved)
+    return Run(recipe, players, averages, stream, journal, _progress(state), ranks, sheet, data, saved, work())
 
 
 def _fresh(recipe: Recipe, ranks: Ranks, data: str) -> checkpoint.State:
@@ -241,19 +304,6 @@ def _progress(state: checkpoint.State) -> Progress:
     progress = Progress(state.step, state.skipped, state.skipped_in_a_row, spikes=state.spikes)
     progress.recent |= {turn: list(losses) for turn, losses in state.recent.items()}
     return progress
-
-
-def flat(config: object) -> dict[str, str]:
-    """A config as "loop.batch" -> "16"."""
-    return dict(_flatten(to_dict(config), ""))
-
-
-def _flatten(value: object, prefix: str) -> Iterator[tuple[str, str]]:
-    if not isinstance(value, dict):
-        yield prefix, str(value)
-        return
-    for key, inner in value.items():
-        yield from _flatten(inner, f"{prefix}.{key}" if prefix else key)
 
 
 def _start(folder: Path, resume: str, ranks: Ranks) -> tuple[Path | None, list[str]]:
@@ -295,9 +345,10 @@ def _greeting(start: Path | None, state: checkpoint.State, ranks: Ranks) -> list
     return [f"resuming from {start}, step {state.step}{others}"]
 
 
-def _journal(recipe: Recipe, step: int | None, ranks: Ranks, players: Cast, sentences: list[str]) -> Journal:
+def _journal(recipe: Recipe, step: int | None, ranks: Ranks, players: Cast, data: str, sentences: list[str]) -> Journal:
     loop = recipe.loop
-    journal = Journal(Path(loop.output), loop.wandb, to_dict(recipe), resume_step=step, writes=ranks.is_main)
+    facts = {"v4e": __version__, "revision": revision(), "data": data, "ranks": ranks.world}
+    journal = Journal(Path(loop.output), loop.wandb, to_dict(recipe), facts, resume_step=step, writes=ranks.is_main)
     for sentence in sentences:
         journal.say(sentence)
     for name, role in players.roles.items():
