@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import re
 import signal
@@ -19,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_tools import look, verify
-from v4e.data.members import MEMBERS, load_tensors, save_tensors
+from v4e.data.members import MEMBERS, all_finite, load_tensors, save_tensors
 from v4e.data.shards import Index, SetMeta, ShardSet, ShardWriter, finish, index_path
 from v4e.errors import DataError
 from v4e.nouns import Clip, Encoded, Grid, Origin, Rollout, Sample
@@ -136,6 +137,22 @@ def test_fast_tensor_reader_reads_what_the_library_reads(shapes, dtype, writable
     read, wanted = load_tensors(bytearray(content) if writable else content), load(content)
     assert read.keys() == wanted.keys()
     assert all(read[k].equal(x) and read[k].dtype == x.dtype and read[k].shape == x.shape for k, x in wanted.items())
+
+
+NUMBERS = st.lists(st.floats(-1e4, 1e4) | st.sampled_from([math.inf, -math.inf, math.nan, -0.0]), max_size=5)
+FLOATS = st.sampled_from([torch.bfloat16, torch.float16, torch.float32, torch.float64])
+
+
+@given(st.lists(st.tuples(NUMBERS, FLOATS), max_size=4))
+def test_numbers_that_are_not_finite_are_found_as_integers(parts):
+    from safetensors.torch import save
+
+    tensors = {f"x{n}": torch.tensor(numbers, dtype=dtype) for n, (numbers, dtype) in enumerate(parts)}
+    content = save({**tensors, "ones": torch.full((3,), -1), "flags": torch.tensor([True])})  # their bits are all ones
+    assert all_finite(content) == all(math.isfinite(number) for numbers, _ in parts for number in numbers)
+    for _, dtype in parts:
+        edges = torch.finfo(dtype)
+        assert all_finite(save({"x": torch.tensor([edges.max, edges.min, edges.tiny], dtype=dtype)}))
 
 
 @pytest.mark.parametrize("row", [(0, 5), (4, 8), (0, 2**40), (-4, 0), (4, 0)])

@@ -6,6 +6,10 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, fields
+from functools import lru_cache
+from itertools import groupby
+from operator import attrgetter
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -32,6 +36,13 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+INFINITY = {  # as integers with and without a sign: least ones that stand for no finite number
+    "F64": (("i8", 0x7FF0 << 48), ("u8", 0xFFF0 << 48)),
+    "F32": (("i4", 0x7F80 << 16), ("u4", 0xFF80 << 16)),
+    "F16": (("i2", 0x7C00), ("u2", 0xFC00)),
+    "BF16": (("i2", 0x7F80), ("u2", 0xFF80)),
+}
+HEADERS = 4096  # kept parsed: samples of a set mostly differ in the lengths of their texts alone
 PRECISE = ("sigma_K",)  # stored as fp32 whatever the set's dtype: solver levels differ in their last digits
 
 
@@ -62,8 +73,11 @@ def pack(sample: Sample, dtype: torch.dtype = torch.bfloat16) -> dict[str, bytes
     return members | {name: save_tensors(tensors) for name, tensors in parts.items()}
 
 
-def unpack(key: str, members: Mapping[str, bytes | memoryview], where: str) -> Sample:
+def unpack(key: str, members: Mapping[str, bytes | memoryview], where: str, finite: bool = False) -> Sample:
     """The sample that :func:`pack` took apart; what is not among ``members`` is None.
+
+    Args:
+        finite: refuse numbers that are not.
 
     Raises:
         DataError: a member cannot be read, or a field is missing.
@@ -80,8 +94,8 @@ def unpack(key: str, members: Mapping[str, bytes | memoryview], where: str) -> S
             evolution=words["evolution"],
             source=from_png(source) if source is not None else None,
             target=from_png(target) if target is not None else None,
-            encoded=Encoded(**load_tensors(encoded)) if encoded is not None else None,
-            rollout=Rollout(**load_tensors(rollout)) if rollout is not None else None,
+            encoded=Encoded(**_loaded(encoded, finite, where)) if encoded is not None else None,
+            rollout=Rollout(**_loaded(rollout, finite, where)) if rollout is not None else None,
             task=words["task"],
             origin=Origin(**words["origin"]),
         )
@@ -101,19 +115,72 @@ def load_tensors(content: bytes | memoryview) -> dict[str, Tensor]:
     """
     view = memoryview(content)
     view = memoryview(bytearray(view)) if view.readonly else view
-    start = 8 + int.from_bytes(view[:8], "little")
-    header = json.loads(bytes(view[8:start]))
-    header.pop("__metadata__", None)
-    return {name: _tensor(view[start:], **row) for name, row in header.items()}
+    start = _start(view)
+    data = view[start:]
+    return {row.name: _tensor(data, row) for row in _rows(bytes(view[8:start]))}
 
 
-def _tensor(view: memoryview, dtype: str, shape: list[int], data_offsets: list[int]) -> Tensor:
-    first, last = data_offsets
-    if not 0 <= first <= last <= len(view) or math.prod(shape) * DTYPES[dtype].itemsize != last - first:
-        raise ValueError(f"a tensor {dtype} {shape} does not lie in bytes {first} to {last} of {len(view)}")
+def all_finite(content: bytes | memoryview) -> bool:
+    """Whether every number of a safetensors file is, found at memory's speed: what is not has the largest exponent.
+
+    As integers of its width it is then at least infinity, or, without a sign, minus infinity.
+    """
+    view = memoryview(content)
+    start = _start(view)
+    for kind, least, first, last in _bounds(bytes(view[8:start])):
+        if np.frombuffer(view[start + first : start + last], kind).max() >= least:
+            return False
+    return True
+
+
+class _Row(NamedTuple):
+    """A tensor in a safetensors file: what it is, and its first byte and the one after its last."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    first: int
+    last: int
+
+
+def _start(view: memoryview) -> int:
+    """Where a safetensors file's tensors begin, behind their header."""
+    return 8 + int.from_bytes(view[:8], "little")
+
+
+@lru_cache(maxsize=HEADERS)
+def _rows(header: bytes) -> tuple[_Row, ...]:
+    rows = json.loads(header)
+    rows.pop("__metadata__", None)
+    return tuple(_Row(n, row["dtype"], tuple(row["shape"]), *row["data_offsets"]) for n, row in rows.items())
+
+
+@lru_cache(maxsize=HEADERS)
+def _bounds(header: bytes) -> tuple[tuple[str, int, int, int], ...]:
+    """(integer type, least value that is not finite, first byte, last) of each run of tensors of one type."""
+    runs = groupby(sorted(_rows(header), key=attrgetter("first")), key=attrgetter("dtype"))
+    found = []
+    for dtype, run in ((dtype, list(rows)) for dtype, rows in runs):
+        span = run[0].first, run[-1].last
+        found += [(*bound, *span) for bound in INFINITY.get(dtype, ()) if span[0] < span[1]]
+    return tuple(found)
+
+
+def _tensor(view: memoryview, row: _Row) -> Tensor:
+    dtype, first, last = DTYPES[row.dtype], row.first, row.last
+    if not 0 <= first <= last <= len(view) or math.prod(row.shape) * dtype.itemsize != last - first:
+        what = f"a tensor {row.dtype} {list(row.shape)} does not lie in bytes {first} to {last} of {len(view)}"
+        raise ValueError(what)
     if first == last:
-        return torch.empty(shape, dtype=DTYPES[dtype])
-    return torch.frombuffer(view[first:last], dtype=DTYPES[dtype]).view(shape)
+        return torch.empty(row.shape, dtype=dtype)
+    return torch.frombuffer(view, dtype=dtype, count=(last - first) // dtype.itemsize, offset=first).view(row.shape)
+
+
+def _loaded(content: bytes | memoryview, finite: bool, where: str) -> dict[str, Tensor]:
+    tensors = load_tensors(content)
+    if finite and not all_finite(content):
+        refuse_nonfinite(tensors, where)
+    return tensors
 
 
 def refuse_nonfinite(tensors: Mapping[str, Tensor], where: str) -> None:

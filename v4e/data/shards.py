@@ -9,11 +9,13 @@ import json
 import re
 import tarfile
 import time
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Literal, overload
 
@@ -57,6 +59,7 @@ from v4e.nouns import Grid, Sample
 FORMAT = 1
 SHARD = re.compile(r"\d{3,}-\d{6,}\.tar")
 BLOCK = tarfile.BLOCKSIZE
+UNSEEN = tuple(kind for kind in MEMBERS if kind not in PICTURES)  # what training reads
 INDEXED = 300_000  # samples of which an open set keeps the index in memory, about 100 MB
 
 Setting = str | int | float | bool
@@ -384,7 +387,7 @@ class ShardSet:
     ) -> None:
         self.folder, self.meta, self.shards = folder, meta, tuple(shards)
         self.cache = cache if is_remote(folder) else None
-        self._starts = np.cumsum([0, *(s.samples for s in shards)])
+        self._starts = [0, *accumulate(s.samples for s in shards)]
         largest = max((s.samples for s in shards), default=1)
         self.index = lru_cache(maxsize=max(8, INDEXED // max(1, largest)))(self._read_index)
         self.remote = lru_cache(maxsize=len(shards))(self._remote)
@@ -414,7 +417,7 @@ class ShardSet:
         return whole
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return self._starts[-1]
 
     @property
     def keys(self) -> "Keys":
@@ -433,8 +436,8 @@ class ShardSet:
 
     def locate(self, i: int) -> tuple[int, int]:
         """Number of the shard that holds sample ``i``, and its row there."""
-        shard = int(np.searchsorted(self._starts, i, side="right")) - 1
-        return shard, i - int(self._starts[shard])
+        shard = bisect_right(self._starts, i) - 1
+        return shard, i - self._starts[shard]
 
     def place(self, i: int) -> str:
         """Where sample ``i`` is, in words for a message."""
@@ -481,14 +484,17 @@ class ShardSet:
             return self.cache.use(self.remote(shard), lambda tar: read_members(tar, self.place(i), wanted, strong))
         return read_members(self.folder / self.shards[shard].name, self.place(i), wanted, strong)
 
-    def sample(self, i: int, pictures: bool = False) -> Sample:
+    def sample(self, i: int, pictures: bool = False, finite: bool = False) -> Sample:
         """Read one sample; tensors as they were stored, pictures only when asked for.
+
+        Args:
+            finite: refuse numbers that are not.
 
         Raises:
             DataError: naming shard and key, when any of the bytes read is damaged.
         """
-        kinds = [k for k in MEMBERS if pictures or k not in PICTURES]
-        return unpack(self.keys[i], self.members(i, kinds), self.place(i))
+        kinds = MEMBERS if pictures else UNSEEN
+        return unpack(self.keys[i], self.members(i, kinds), self.place(i), finite)
 
     def _read_index(self, shard: int) -> Index:
         """A shard's index, held against the manifest."""

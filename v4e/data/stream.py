@@ -11,7 +11,6 @@ from pathlib import Path
 from threading import Lock
 
 from v4e.data.cache import Ahead, Remote
-from v4e.data.members import refuse_nonfinite
 from v4e.data.mixture import Mixture, Order, Spot
 from v4e.data.shards import ShardSet
 from v4e.data.soundness import check_shapes
@@ -154,10 +153,8 @@ class Stream:
     def _read(self, spot: Spot) -> Sample:
         """A sample, checked for what hashes cannot tell: a faulty writer hashes its faults too."""
         shards = self.mixture.sets[spot.set]
-        sample, where = shards.sample(spot.index, self._pictures), shards.place(spot.index)
-        check_shapes(sample, shards.meta.student, shards.meta.teacher, where)
-        for part in filter(None, (sample.encoded, sample.rollout)):
-            refuse_nonfinite(vars(part), where)
+        sample = shards.sample(spot.index, self._pictures, finite=True)
+        check_shapes(sample, shards.meta.student, shards.meta.teacher, shards.place(spot.index))
         return sample
 
 
@@ -180,7 +177,7 @@ class _Cache:
 
     def put(self, spot: Spot, sample: Sample) -> Sample:
         with self._lock:
-            if spot not in self._samples and (size := _size(sample)) <= self._room:
+            if self._room and spot not in self._samples and (size := _size(sample)) <= self._room:
                 self._room -= size
                 self._samples[spot] = sample
         return sample
