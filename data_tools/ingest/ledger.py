@@ -1,6 +1,5 @@
 """What a run has decided so far, in one SQLite file: memory stays flat, and a killed run is gone on with."""
 
-import json
 import re
 import sqlite3
 from collections import Counter
@@ -13,7 +12,12 @@ from v4e.data.disk import digest_of, to_json
 from v4e.data.places import Place
 
 NEAR = 3  # of the 128 bits of both looks; with four bands, two looks so near have a band in common
+# A write-ahead log is safe from a kill without waiting for the disk at each commit; a power cut costs what was not yet
+# on it, which is read again. Locked for one process alone it needs no shared memory, which network folders lack.
 SCHEMA = """
+PRAGMA locking_mode = EXCLUSIVE;
+PRAGMA journal_mode = WAL;
+PRAGMA synchronous = NORMAL;
 CREATE TABLE IF NOT EXISTS earlier (id TEXT PRIMARY KEY, row BLOB) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS ids (id TEXT PRIMARY KEY) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS taken (number INTEGER PRIMARY KEY, id TEXT, look TEXT, content BLOB, row BLOB);
@@ -107,5 +111,5 @@ def _content(triplet: Triplet) -> bytes:
 def _bands(triplet: Triplet) -> list[bytes]:
     """A quarter of both looks each, with the words: the same edit is looked for, not the same photograph."""
     words = re.sub(r"\W+", " ", triplet.instruction.casefold()).strip()
-    quarters = (triplet.look[at : at + 8] for at in range(0, 32, 8))
-    return [digest_of(json.dumps([n, quarter, words]).encode())[:8] for n, quarter in enumerate(quarters)]
+    said, look = digest_of(words.encode())[:8], bytes.fromhex(triplet.look)
+    return [said + bytes([at]) + look[at : at + 4] for at in range(0, 16, 4)]

@@ -77,10 +77,10 @@ class Glance:
     @staticmethod
     def at(picture: Image.Image, size: Size) -> "Glance":
         """At what ``size`` will show of it."""
-        picked = picture.resize((144, 128), Image.Resampling.NEAREST, box=_box(picture, size))
-        grey = np.asarray(picked.convert("L").reduce(16))
+        cells = picture.resize((144, 128), Image.Resampling.NEAREST, box=_box(picture, size)).reduce(4)
+        grey = np.asarray(cells.convert("L").reduce(4))
         bits = np.packbits(grey[:, 1:] > grey[:, :-1]).tobytes().hex()
-        return Glance(np.asarray(picked.reduce(4)).astype(np.int16), bits)
+        return Glance(np.asarray(cells).astype(np.int16), bits)
 
     def like(self, other: "Glance") -> bool:
         """Whether the pictures may be the same; if not, they differ once scaled too."""

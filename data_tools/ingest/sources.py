@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import groupby
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import IO, cast
 
 import fsspec
@@ -76,7 +76,7 @@ class File(Blob):
         try:
             if (self.info["size"] or 0) > MAX_BYTES:
                 raise Rejected("too many bytes", f"{self.info['size']}, of at most {MAX_BYTES}")
-            return cast(bytes, self.fs.cat_file(self.path))
+            return _content(self.fs, self.path)
         except FileNotFoundError as error:
             raise Rejected("missing file", "no such file") from error
         except Rejected:
@@ -96,6 +96,12 @@ class File(Blob):
         return self.fs.info(self.path)
 
 
+def _content(fs: fsspec.AbstractFileSystem, path: str) -> bytes:
+    if isinstance(fs, LocalFileSystem):  # its own way there takes twice as long
+        return Path(path).read_bytes()
+    return cast(bytes, fs.cat_file(path))
+
+
 @dataclass(frozen=True)
 class Base:
     """The folder to which the names in a list are relative, and out of which none may lead."""
@@ -105,17 +111,21 @@ class Base:
 
     def file(self, name: str) -> File:
         """The picture of that name; Rejected if it lies outside, or its URL is of an unknown kind."""
-        try:
-            fs, path, remote = reach(name)
-        except DataError as error:
-            raise Rejected("refused URL", error.what, error.where) from error
-        if remote:
-            return File(shown(name), fs, path)
+        if ":" in name and (elsewhere := self._elsewhere(name)):
+            return elsewhere
         root = self.root.rstrip("/")
         inner = posixpath.normpath(name).removeprefix(f"{root}/")
         if inner.startswith(("/", "../")) or inner in (".", ".."):
             raise Rejected("outside the root", f"{name!r} leads out of {shown(self.root)}", name)
         return File(f"{root}/{inner}", self.fs, f"{root}/{inner}")
+
+    def _elsewhere(self, name: str) -> File | None:
+        """Behind a URL, if it is one."""
+        try:
+            fs, path, remote = reach(name)
+        except DataError as error:
+            raise Rejected("refused URL", error.what, error.where) from error
+        return File(shown(name), fs, path) if remote else None
 
 
 @dataclass(frozen=True)

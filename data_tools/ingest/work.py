@@ -4,10 +4,10 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from PIL import Image
 from xxhash import xxh3_128_hexdigest
 
 from data_tools.ingest.layouts import Draft, Layout, drafts, id_of
@@ -154,20 +154,32 @@ class _Job:
 
 @dataclass(frozen=True)
 class _Picture:
-    """A picture that was read and decoded, and the file it is of."""
+    """What is kept of a picture that was decoded: its file, and not its pixels, of which one at a time is enough.
+
+    Args:
+        bucket: the size that it, or the source that it belongs to, is to be brought to.
+    """
 
     file: str
     content: bytes
-    image: Image.Image
     suffix: str
+    size: Size
+    bucket: Size
+    glance: Glance
 
     @staticmethod
-    def of(blob: Blob, max_pixels: int) -> "_Picture":
+    def of(blob: Blob, rules: Rules, bucket: Size | None = None) -> "_Picture":
         try:
             content = blob.read()
-            return _Picture(blob.name, content, *decode(content, max_pixels))
+            image, suffix = decode(content, rules.max_pixels)
         except Rejected as why:
             raise Rejected(why.reason, why.detail, blob.name) from why
+        bucket = bucket or nearest(size_of(image), rules.sizes)
+        return _Picture(blob.name, content, suffix, size_of(image), bucket, Glance.at(image, bucket))
+
+    def pixels(self) -> bytes:
+        """As they are in its bucket, decoded again."""
+        return fit_to(decode(self.content, max_pixels=1 << 62)[0], self.bucket).tobytes()
 
 
 class _Work:
@@ -180,7 +192,14 @@ class _Work:
         self._folders: set[Place] = set()
 
     def run(self, found: Iterable[Row]) -> Report:
-        self.ledger.begin(iterate(self.out) if exists(self.out / LIST) else ())
+        with closing(self.ledger):
+            self.ledger.begin(iterate(self.out) if exists(self.out / LIST) else ())
+            self._decide_all(found)
+            report = self._finish()
+        (scratch(self.out) / LEDGER).unlink()
+        return report
+
+    def _decide_all(self, found: Iterable[Row]) -> None:
         saved = time.monotonic()
         try:
             with ThreadPoolExecutor(self.workers) as pool:
@@ -191,7 +210,6 @@ class _Work:
                         saved = time.monotonic()
         finally:
             self.ledger.save()
-        return self._finish()
 
     def _jobs(self, found: Iterable[Row]) -> Iterator[_Job]:
         """Rows as drafts, numbered, each id once."""
@@ -220,9 +238,10 @@ class _Work:
 
     def _taken(self, draft: Draft) -> Triplet:
         """The triplet of a draft, its pictures checked and copied."""
-        pictures = {name: _Picture.of(blob, self.rules.max_pixels) for name, blob in draft.pictures.items()}
-        size = self._refuse_unfit(pictures)
-        look = _look(pictures["source"], pictures["edited"], size)
+        source = _Picture.of(draft.pictures["source"], self.rules)
+        more = {k: _Picture.of(v, self.rules, source.bucket) for k, v in draft.pictures.items() if k != "source"}
+        self._refuse_unfit(pictures := {"source": source, **more})
+        look = _look(source, pictures["edited"])
         files = {name: self._write(f"{draft.id}.{name}", draft.id, picture) for name, picture in pictures.items()}
         return Triplet(
             id=draft.id,
@@ -233,21 +252,18 @@ class _Work:
             task=draft.task,
             evolution=draft.evolution,
             extra=draft.extra,
-            size=size,
+            size=source.bucket,
             hashes={name: xxh3_128_hexdigest(picture.content) for name, picture in pictures.items()},
             look=look,
         )
 
-    def _refuse_unfit(self, pictures: "Mapping[str, _Picture]") -> Size:
-        """The size that these pictures are brought to; Rejected if they do not align, or have another."""
-        source, edited = pictures["source"], pictures["edited"]
-        size = nearest(size_of(source.image), self.rules.sizes)
-        _refuse_misaligned(source, edited)
+    def _refuse_unfit(self, pictures: Mapping[str, _Picture]) -> None:
+        """Rejected if the pictures do not align, or must have their bucket's size and do not."""
+        _refuse_misaligned(pictures["source"], pictures["edited"])
         for name, picture in pictures.items():
-            if self.rules.fit == "exact" and size_of(picture.image) != size:
-                found, wanted = _words(size_of(picture.image)), " or ".join(map(_words, self.rules.sizes))
-                raise Rejected("wrong size", f"{name} is {found}, not {wanted}", picture.file)
-        return size
+            if self.rules.fit == "exact" and picture.size != picture.bucket:
+                wanted = " or ".join(map(_words, self.rules.sizes))
+                raise Rejected("wrong size", f"{name} is {_words(picture.size)}, not {wanted}", picture.file)
 
     def _write(self, name: str, key: str, picture: "_Picture") -> Place:
         """Keep the file as it came: scaling it here would only cost an encoding and a second decoding."""
@@ -289,15 +305,12 @@ class _Work:
         return replace(triplet, repeats="")
 
     def _finish(self) -> Report:
-        """Everything on the disk, the lists last, and the ledger gone."""
+        """Everything on the disk, the lists last."""
         os.sync()  # the images before the list that names them
         for name, lines in ((REJECTS, self.ledger.rejects()), (LIST, self.ledger.taken())):
             with replacing(self.out / name) as file:
                 file.writelines(lines)
-        report = Report(self.accepted, self.reused, self.ledger.reasons(), self.repeats)
-        self.ledger.close()
-        (scratch(self.out) / LEDGER).unlink()
-        return report
+        return Report(self.accepted, self.reused, self.ledger.reasons(), self.repeats)
 
 
 def _sweep(folder: Place) -> None:
@@ -308,17 +321,16 @@ def _sweep(folder: Place) -> None:
                 path.unlink()
 
 
-def _look(source: _Picture, edited: _Picture, size: Size) -> str:
+def _look(source: _Picture, edited: _Picture) -> str:
     """Both pictures' perceptual hashes; Rejected if there is nothing to see between them."""
-    before, after = (Glance.at(p.image, size) for p in (source, edited))
-    if before.like(after) and fit_to(source.image, size).tobytes() == fit_to(edited.image, size).tobytes():
+    if source.glance.like(edited.glance) and source.pixels() == edited.pixels():
         raise Rejected("source == edited", "the two images are the same, pixel by pixel", edited.file)
-    return before.dhash + after.dhash
+    return source.glance.dhash + edited.glance.dhash
 
 
 def _refuse_misaligned(source: _Picture, edited: _Picture) -> None:
     """Pictures of two shapes would be cropped differently, and the edit would look like a zoom."""
-    (h, w), (height, width) = size_of(source.image), size_of(edited.image)
+    (h, w), (height, width) = source.size, edited.size
     if abs(w * height / (h * width) - 1) > ASPECT_TOLERANCE:
         detail = f"source is {h}x{w} (height x width), edited is {height}x{width}"
         raise Rejected("unequal sizes", detail, edited.file)
