@@ -485,7 +485,7 @@ def test_the_journal_says_what_was_run_and_how_fast(tmp_path):
 
 
 def test_no_key_reaches_what_a_run_writes(tmp_path, monkeypatch, capsys):
-    """Planted in the environment, in the settings and in what goes wrong. A checkpoint alone holds settings as given."""
+    """Planted in the environment, in settings and in what goes wrong; a checkpoint alone holds settings as given."""
     key = "0123456789abcdef" * 2 + "01234567"
     for variable in ("WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(variable, key)

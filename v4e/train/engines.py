@@ -222,7 +222,7 @@ def cast(players: Sequence[Player], loop: Loop, ranks: Ranks) -> Cast:
     """
     if len({p.name for p in players}) != len(players):
         raise ConfigError(f"players share a name: {', '.join(p.name for p in players)}", where="recipe")
-    _prepare(ranks)
+    _prepare(ranks, loop)
     return Cast({p.name: _engage(p, loop, ranks) for p in players})
 
 
@@ -303,7 +303,7 @@ def _swap(role: Role, average: Sequence[Tensor]) -> None:
             kept.copy_(weights)
 
 
-def _prepare(ranks: Ranks) -> None:
+def _prepare(ranks: Ranks, loop: Loop) -> None:
     """Join DeepSpeed to the process group that dist.py made, and keep it quiet."""
     deepspeed_logger.setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
@@ -311,7 +311,8 @@ def _prepare(ranks: Ranks) -> None:
         # Nothing of DeepSpeed's is to be compiled: gloo does without its shared-memory all-reduce, and even asking
         # what could be compiled starts compilers.
         deepspeed.ops.__dict__["__compatible_ops__"] = {}
-        torch.compiler.set_stance("force_eager")  # its Muon is torch.compiled, a minute per shape on a CPU
+        # Its Muon is torch.compiled, a minute per shape on a CPU.
+        torch.compiler.set_stance("default" if loop.compile else "force_eager")
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, dist_backend=_backend(ranks))
 
 
@@ -326,6 +327,8 @@ def _engage(player: Player, loop: Loop, ranks: Ranks) -> Role:
     config = deepspeed_config(player, stage, loop, ranks)
     player = with_adapters(player, loop.lora) if player.trains and loop.lora.rank else player
     module = _build(player, config, stage, ranks)
+    if loop.compile:
+        _compile_blocks(module)
     engine = _trained(module, player, stage, config, loop, ranks) if player.trains else _frozen(module, config)
     return Role(player, engine, stage, json.dumps(config, indent=1), loop.lora)
 
@@ -335,6 +338,16 @@ def _build(player: Player, config: dict[str, Any], stage: int, ranks: Ranks) -> 
         module = player.build()
     _pour(module, player, stage, ranks)
     return module
+
+
+def _compile_blocks(module: nn.Module) -> None:
+    """Each repeated block by itself: they share one compiled code, and names of parameters stay."""
+    for child in module.children():
+        if isinstance(child, nn.ModuleList):
+            for block in child:
+                block.compile()
+        else:
+            _compile_blocks(child)
 
 
 def _construction(config: dict[str, Any], stage: int) -> AbstractContextManager:

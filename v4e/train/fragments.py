@@ -89,11 +89,12 @@ def restore(role: Role, average: Sequence[Tensor], archive: "Archive", ranks: Ra
             kinds = archive.kinds(role.player.name, pieces[0].name)
             if average:  # begun in this run where the checkpoint has none
                 archive.fill(role.player.name, AVERAGE if AVERAGE in kinds else MASTER, pieces, average[part])
-            state = role.inner().state[master]
-            if _in_blocks(role):
-                state.update(_restored_whole(role, pieces[0], archive, ranks))
             kept = sorted(kinds - {MASTER, AVERAGE})
-            state.update({k.removeprefix(NUMBER): _restored(role, k, master, pieces, archive) for k in kept})
+            if _in_blocks(role):
+                found = _restored_whole(role, pieces[0], archive, ranks)
+            else:
+                found = {k.removeprefix(NUMBER): _restored(role, k, master, pieces, archive) for k in kept}
+            role.inner().state[master].update(found)
     role.refresh()
 
 

@@ -17,7 +17,7 @@ from v4e.dist import Ranks
 from v4e.errors import PreemptedError, TrainingError, V4EError
 
 BEAT_S = 2.0  # between two signs of life
-SILENCE_S = 45.0  # without one, after which a rank is given up; a node that pages or writes may well lose twenty
+SILENCE_S = 35.0  # without one, after which a rank is given up; a node that pages or writes may well lose twenty
 GRACE_S = 5.0  # for the main thread to find out itself, and say more
 FAILED = "failed"  # the first failure; the first to say so wins
 
