@@ -4,7 +4,9 @@ import io
 import json
 import multiprocessing
 import os
+import shutil
 import signal
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -289,7 +291,9 @@ def test_pictures_are_brought_to_the_models_size_with_their_mask(tmp_path):
 
 
 DAMAGE = {
-    "no json": ("{", "JSONDecodeError"),
+    "no json": ("{", "no JSON"),
+    "deep json": ("[" * 100_000, "no JSON"),
+    "no object": ("[]", "no JSON object"),
     "no id": ({"id": None}, "id is missing"),
     "an id that is a path": ({"id": "../x"}, "no legal name"),
     "an id met before": ({"id": "e0"}, "earlier edit"),
@@ -301,6 +305,9 @@ DAMAGE = {
     "an empty mask": ({"mask": "black.png"}, "mask is empty"),
     "changed since": ({"hashes": {"source": "0"}}, "changed since it was ingested"),
     "no text": ({"task": 3}, "3 and no text"),
+    "no size": ({"size": [32]}, "not enough values"),
+    "a size that no model edits": ({"size": [32, 33]}, "does not divide"),
+    "a size that no memory holds": ({"size": [10**6, 10**6]}, "no size of a picture"),
 }
 
 
@@ -508,6 +515,26 @@ def test_the_page_stands_alone_and_shows_the_worst_first(tmp_path):
         quality[s.id] += (s.method, s.steps) == ("student", 4) and s.scores["edit_psnr"]
     shown = [line.split("</code>")[0] for line in text.split("<code>")[1:]]
     assert shown == sorted(quality, key=quality.get)
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CLICK = """<script>
+document.querySelector("label[for=t-736e6f77]").click();  // snow
+const seen = [...document.querySelectorAll("section")].filter(s => s.offsetParent !== null);
+document.title = seen.map(s => s.querySelector("code").textContent).join(" ");
+</script>"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+def test_choosing_a_task_in_a_browser(tmp_path):
+    report(opened(listed(tmp_path)), rows_of(Painter()), tmp_path / "out")
+    path = tmp_path / "click.html"
+    path.write_text((tmp_path / "out" / page.PAGE).read_text().replace("</body>", f"{CLICK}</body>"))
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--window-size=1240,900", "--dump-dom"]
+    said = subprocess.run([CHROMIUM, *options, path.as_uri()], capture_output=True, text=True, timeout=120, check=True)
+    title = said.stdout.split("<title>")[1].split("</title>")[0]
+    assert sorted(title.split()) == ["e1", "e3"]
 
 
 def known(id: str, task: str) -> Known:

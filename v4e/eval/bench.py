@@ -120,17 +120,17 @@ def line_up(asked: Asked, folder: Path, rooms: Rooms) -> Lineup:
         CheckpointError: a model is missing or damaged.
         ConfigError: a baseline has no name.
     """
-    rivals, absent = dict(map(_named, asked.baselines)), dict[str, str]()
+    rivals, absent = [*map(_named, asked.baselines)], dict[str, str]()
     student = folder_of(asked.model, folder, rooms)
-    if INIT not in rivals:
+    if INIT not in dict(rivals):
         try:
-            rivals = {INIT: _base_of(asked.model, rooms), **rivals}
+            rivals = [(INIT, _base_of(asked.model, rooms)), *rivals]
         except (CheckpointError, ConfigError) as error:
             absent[INIT] = f"{INIT}, the student before training, is not shown: {error}"
-    folders = {name: folder_of(place, folder, rooms) for name, place in rivals.items()}
+    folders = [(name, folder_of(place, folder, rooms)) for name, place in rivals]
     card = Card.read(student)
-    steps, seeds = asked.steps or (card.steps,), tuple(range(asked.seeds))
-    made = [_subject(name, at, asked, steps, seeds) for name, at in [*folders.items(), (STUDENT, student)]]
+    steps, seeds = tuple(dict.fromkeys(asked.steps)) or (card.steps,), tuple(range(asked.seeds))
+    made = [_subject(name, at, asked, steps, seeds) for name, at in [*folders, (STUDENT, student)]]
     return Lineup((Subject(COPY), *made), card, absent)
 
 

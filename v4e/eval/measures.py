@@ -180,7 +180,8 @@ def _over(apart: Sequence[Tensor], share_HW: Tensor) -> list[float | None]:
     """Mean over the layers of the mean over places, each counted by how much of it lies in a region."""
     by_layer = []
     for apart_Nhw in apart:
-        share_hw = F.adaptive_avg_pool2d(share_HW[None], apart_Nhw.shape[1:])[0]
+        h, w = apart_Nhw.shape[1:]
+        share_hw = F.adaptive_avg_pool2d(share_HW[None], (h, w))[0]
         total = share_hw.sum().item()
         by_layer.append([(d * share_hw).sum().item() / total if total else None for d in apart_Nhw])
     return [mean(values) for values in zip(*by_layer, strict=True)]

@@ -92,10 +92,6 @@ class Unit:
     seed: int
     cases: tuple[Known, ...]
 
-    def path(self, case: Known, folder: Path) -> Path:
-        """Where an edit is kept."""
-        return folder / "edits" / self.subject.name / f"{self.steps}-steps" / f"seed-{self.seed}" / f"{case.id}.png"
-
     def recipe(self, case: Known) -> dict[str, object]:
         """All that determines an edit, ``beside`` being the others of its batch."""
         beside = [(c.photo, c.instruction, _seed(self.seed, c)) for c in self.cases]
@@ -182,11 +178,16 @@ def spread(count: int, most: int) -> list[int]:
     return [*range(count)] if not 0 < most < count else [i * count // most for i in range(most)]
 
 
+def path_of(folder: Path, subject: Subject, steps: int, seed: int, case: Known) -> Path:
+    """Where an edit is kept."""
+    return folder / "edits" / subject.name / f"{steps}-steps" / f"seed-{seed}" / f"{case.id}.png"
+
+
 def output_of(subject: Subject, steps: int, seed: int, case: Known, source: Clip, folder: Path) -> Clip:
     """A finished edit."""
     if subject.open is None:
         return source
-    path = Unit(subject, steps, seed, ()).path(case, folder)
+    path = path_of(folder, subject, steps, seed, case)
     return as_clip(photos.decode(photos.fetch(str(path)), str(path)).rgb)
 
 
@@ -247,13 +248,14 @@ def _make_unit(unit: Unit, edit: Edit, edits: Edits, folder: Path) -> None:
     seeds = [_seed(unit.seed, known) for known in unit.cases]
     made = edit(sources, [known.instruction for known in unit.cases], seeds, unit.steps)
     for known, clip in zip(unit.cases, made, strict=True):
-        path = unit.path(known, folder)
+        path = path_of(folder, unit.subject, unit.steps, unit.seed, known)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, photos.encode(as_image(clip), path, to_json(unit.recipe(known))))
 
 
 def _is_made(unit: Unit, folder: Path) -> bool:
-    return all(_is_whole(unit.path(case, folder), unit.recipe(case)) for case in unit.cases)
+    paths = (path_of(folder, unit.subject, unit.steps, unit.seed, case) for case in unit.cases)
+    return all(_is_whole(path, unit.recipe(case)) for path, case in zip(paths, unit.cases, strict=True))
 
 
 def _is_whole(path: Path, recipe: Mapping[str, object]) -> bool:

@@ -77,7 +77,7 @@ def _head(summary: Summary, student: str) -> Iterator[str]:
     tiles = [
         (f"{len(made.cases):,}", "edits"),
         (f"{len(made.refused):,}", "could not be used"),
-        (f"{figure(row, 'edit_psnr')} dB", f"PSNR where the edit is, {summary.headline} steps"),
+        (f"{figure(row, 'edit_psnr')} dB", f"PSNR where the edit is, {_steps(summary.headline)}"),
         (f"{lead:+.1f} dB", "over a copy of the input"),
         (f"{figure(row, 'keep_psnr') or '–'} dB", "PSNR everywhere else"),
     ]
@@ -90,11 +90,14 @@ def _head(summary: Summary, student: str) -> Iterator[str]:
 
 
 def _tables(summary: Summary) -> Iterator[str]:
-    yield f"<div class=card><h3>Methods</h3><p>{_text(sentences(summary)[-1])}</p>{_method_table(summary)}</div>"
+    said = _text(sentences(summary)[-1].replace("`", ""))
+    yield f"<div class=card><h3>Methods</h3><p>{said}</p>{_method_table(summary)}</div>"
+    yield "<div class=pair>"
     for kind, title in (("tasks", "Tasks"), ("families", "Families")):
         if summary.groups(kind):
-            said = f"PSNR where the edit is, in dB, at {summary.headline} steps. A bar's end is the best of its line."
+            said = f"PSNR where the edit is, in dB, at {_steps(summary.headline)}. The best is marked."
             yield f"<div class=card><h3>{title}</h3><p>{said}</p>{_group_table(summary, kind)}</div>"
+    yield "</div>"
 
 
 def _method_table(summary: Summary) -> str:
@@ -235,7 +238,11 @@ def _thumbnail(clip: Clip) -> tuple[str, bytes]:
 
 
 def _called(method: str, steps: int) -> str:
-    return f"{method}, {steps} {'step' if steps == 1 else 'steps'}" if steps else method
+    return f"{method}, {_steps(steps)}" if steps else method
+
+
+def _steps(count: int) -> str:
+    return f"{count} {'step' if count == 1 else 'steps'}"
 
 
 def _region(column: str) -> str:

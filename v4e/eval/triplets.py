@@ -19,7 +19,7 @@ from v4e.errors import DataError
 from v4e.eval.metrics import edit_mask
 from v4e.eval.run import Case
 from v4e.jobs import require_instruction
-from v4e.nouns import Clip
+from v4e.nouns import Clip, Grid
 from v4e.pipelines import as_clip
 
 LIST = "triplets.jsonl"  # of a folder that `v4e-shards ingest` wrote
@@ -120,14 +120,14 @@ class ListedEdits:
         return f"edit {i + 1} of the list"
 
     def case(self, i: int) -> Case:
-        with readable(self.name(i)):
-            row = json.loads(self.lines[i])
-            key = check_key(_text(row, "id"), self.name(i))
+        row = _object(self.lines[i])
+        key = check_key(_text(row, "id"), self.name(i))
         with readable(f"key {key}"):
             source, target = self._picture(row, "source"), self._picture(row, "edited")
             mask = self._picture(row, "mask") if row.get("mask") else None
             _require_one_shape(source, target, *([mask] if mask else []))
-            size = tuple(map(int, row.get("size") or self.size_for(source.height, source.width)))
+            height, width = map(int, row.get("size") or self.size_for(source.height, source.width))
+            size = _possible(height, width)
             task = _optional(row, "task")
             return _case(
                 key,
@@ -168,8 +168,10 @@ def _case(
 
     Raises:
         DataError: there is nothing to do, or nothing to compare.
+        ShapeError: the size does not divide into latents.
     """
     require_instruction(instruction)
+    Grid(1, *source.size)  # which no model could edit otherwise
     if source.size != target.size:
         raise DataError(f"source and edited image have unequal sizes, {source.size} and {target.size}")
     if torch.equal(source.frames_T3HW, target.frames_T3HW):
@@ -182,6 +184,22 @@ def _case(
     return Case(key, task, instruction, source, target, mask_HW, groups, captions=captions)
 
 
+def _object(line: bytes) -> Mapping:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"no JSON: {error}") from error
+    if not isinstance(row, dict):
+        raise DataError("no JSON object", fix='write {"id": "a", "instruction": ..., "source": ..., "edited": ...}')
+    return row
+
+
+def _possible(height: int, width: int) -> tuple[int, int]:
+    if not 0 < height * width <= photos.MAX_PIXELS or height < 0:
+        raise DataError(f"{height} x {width} is no size of a picture")
+    return height, width
+
+
 def _require_one_shape(source: Image.Image, *others: Image.Image) -> None:
     for other in others:
         ratio = source.width * other.height / (source.height * other.width)
@@ -189,7 +207,7 @@ def _require_one_shape(source: Image.Image, *others: Image.Image) -> None:
             raise DataError(f"pictures have unequal shapes, {source.size} and {other.size}", fix="crop them alike")
 
 
-def _fit(picture: Image.Image, size: tuple[int, ...]) -> Image.Image:
+def _fit(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
     """Scaled to cover height and width, and cropped in the middle, as `v4e-shards ingest` does."""
     wanted = size[1], size[0]
     return picture if picture.size == wanted else ImageOps.fit(picture, wanted, Image.Resampling.LANCZOS)

@@ -151,7 +151,9 @@ def _processor(folder: Path) -> tuple[int, list[float], list[float]]:
 @contextmanager
 def _telling(folder: Path):
     """What transformers says of a folder it cannot use, as one sentence."""
-    logging.getLogger("transformers").setLevel(logging.ERROR)  # its table of missing weights; ours is a sentence
+    log = logging.getLogger("transformers")
+    level = log.level
+    log.setLevel(logging.ERROR)  # it prints a table of missing weights; ours is a sentence
     try:
         yield
     except V4EError:
@@ -159,3 +161,5 @@ def _telling(folder: Path):
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         what = f"cannot be loaded: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
         raise CheckpointError(what, where=str(folder), fix="give a folder in transformers layout") from error
+    finally:
+        log.setLevel(level)
