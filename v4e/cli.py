@@ -325,7 +325,8 @@ def _evaluate_own(args: argparse.Namespace) -> int:
     )
     rooms = bench.Rooms(export_run, lambda run: Trained.of(run).base, family_of)
     eyes = Eyes.open(args.clip, args.dino, args.perceptual, device)
-    print(*eyes.absent.values(), sep="\n", file=sys.stderr)
+    for sentence in eyes.absent.values():
+        print(sentence, file=sys.stderr)
     summary = bench.measure(asked, eyes, Path(args.output), rooms)
     print(bench.closing(summary, Path(args.output)))
     return DataError.exit_code if summary.evaluation.refused else 0
