@@ -5,8 +5,8 @@
 #                   CONFIG [key=value ...]
 #
 # --sbatch=--partition=gpu hands an option on to sbatch. SECONDS before the time limit, and on preemption where the
-# cluster says PreemptParameters=send_user_signal, the ranks get SIGUSR1, save, and end with code 75; then, and only
-# then, the job is requeued, and goes on from its checkpoint. Say a time longer than a checkpoint takes.
+# cluster says SlurmctldParameters=preempt_send_user_signal, the ranks get SIGUSR1, save, and end with code 75; then, and
+# only then, the job is requeued, and goes on from its checkpoint. Say a time longer than a checkpoint takes.
 set -euo pipefail
 
 usage() { sed -n '2,9s/^# \{0,1\}//p' "$0" >&2; exit 2; }

@@ -56,7 +56,7 @@ def test_a_silent_rank_is_missed(monkeypatch):
     for second in range(0, 60, 2):
         now[0], beats["beat/0"] = 100.0 + second, str(second).encode()
         told = _silent(store, heard)
-        assert told == ("no sign of life for 45 s from rank 1" if second > SILENCE_S else "")
+        assert told == ("no sign of life for 35 s from rank 1" if second > SILENCE_S else "")
 
 
 def test_an_error_that_another_rank_caused_is_told_in_its_words():

@@ -3,7 +3,9 @@
 import os
 import re
 import shlex
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -62,25 +64,45 @@ def test_hosts_by_pdsh(hostfile):
 
 
 def test_hosts_by_ssh(hostfile):
-    """A machine each, by its number; the first one is where they meet. Words with spaces survive two shells."""
+    """A machine each, by its number; the first one is where they meet. Words with spaces survive three shells."""
     commands = printed("hosts.sh", hostfile, "--port", 29500, "--dry-run", *CONFIG)
-    assert [c[:5] for c in commands] == [["ssh", "-tt", "-o", "BatchMode=yes", h] for h in ("node-a", "node-b")]
-    for number, (*_, there) in enumerate(commands):
-        inside = shlex.split(there)
-        assert inside[: inside.index("USR1") + 2] == ["cd", str(ROOT), "&&", "trap", "", "USR1", "&&"]
-        words = inside[inside.index("--hostfile") :]
+    for number, (host, command) in enumerate(zip(("node-a", "node-b"), commands, strict=True)):
+        *reach, there, inside = command
+        assert reach[:4] == ["ssh", "-tt", "-o", "BatchMode=yes"] and there == host
+        *shell, script = shlex.split(inside)
+        assert shell == ["stty", "-onlcr;", "exec", "bash", "-o", "pipefail", "-c"]
+        script, _, prefixed = script.partition(" 2>&1 | ")
+        assert prefixed == f"sed -u s/^/{host}:\\ /"
+        words = shlex.split(script)
+        assert words[: words.index("USR1") + 2] == ["cd", str(ROOT), "&&", "trap", "", "USR1", "&&"]
         front = ["--hostfile", str(hostfile), "--master_port", "29500", "--no_local_rank"]
         place = ["--no_ssh", "--node_rank", str(number), "--master_addr", "node-a"]
-        assert words == [*front, *place, *TRAIN[1:]]
+        assert words[words.index("--hostfile") :] == [*front, *place, *TRAIN[1:]]
 
 
 def test_a_machine_that_fails_ends_the_others_with_its_code(hostfile, tmp_path):
     log = tmp_path / "log"
-    wait = f'trap "echo ended >> {log}; kill \\$!; exit 1" TERM; sleep 40 & wait'
-    program(tmp_path / "bin", "ssh", f'echo "$4" >> {log}; [[ "$4" == node-b ]] && exit 7; {wait}')
+    wait = f'trap "echo ended >> {log}; kill \\$!; exit 1" HUP; sleep 40 & wait'
+    program(tmp_path / "bin", "ssh", f'echo "$8" >> {log}; [[ "$8" == node-b ]] && exit 7; {wait}')
     done = launch("hosts.sh", str(hostfile), *CONFIG, path=tmp_path / "bin")
-    assert done.returncode == 7
+    assert done.returncode == 7 and "node-b ended with code 7" in done.stderr
     assert sorted(log.read_text().split()) == ["ended", "node-a", "node-b"]
+
+
+def test_a_request_to_stop_is_handed_on_to_the_ranks_of_the_first_machine(hostfile, tmp_path):
+    """By a second ssh; the ones that hold the job let the signal pass, and end with what the ranks then say."""
+    log, flag = tmp_path / "log", tmp_path / "flag"
+    asked = f'[[ "$1" == -tt ]] || {{ echo "$3 $4" >> {log}; touch {flag}; exit 0; }}'
+    program(tmp_path / "bin", "ssh", f"{asked}; echo up >> {log}; until [[ -e {flag} ]]; do sleep 0.1; done; exit 75")
+    env = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    command = ["launch/hosts.sh", str(hostfile), "--port", "29500", *CONFIG]
+    with subprocess.Popen(command, cwd=ROOT, env=env, start_new_session=True) as job:
+        while not (log.exists() and log.read_text().split() == ["up", "up"]):
+            time.sleep(0.05)
+        os.killpg(job.pid, signal.SIGUSR1)
+        assert job.wait(timeout=30) == 75
+    (told,) = [line for line in log.read_text().splitlines() if line != "up"]
+    assert told.startswith("node-a pkill -USR1 -P") and "--master_port=29500" in told
 
 
 def test_what_a_stopped_run_says_reaches_the_caller(hostfile, tmp_path):
@@ -119,6 +141,17 @@ def test_slurm_submits():
 def test_slurm_without_gpus_asks_for_none():
     ((*command,),) = printed("slurm.sh", "--cpu", "-n", 2, "--dry-run", *CONFIG)
     assert "--gpus-per-node" not in command and command[command.index("--job") :] == ["--job", "2", "cpu", *CONFIG]
+
+
+def test_slurm_rolls_out_in_an_array():
+    triplets = ["data/edits", "data/shards", "--config", "a b.yaml", "seed=1"]
+    said = ["--job-name", "v4e-rollout", "--array", "0-15", "--nodes", "1", "--ntasks", "1", "--requeue"]
+    said += ["--open-mode", "append", "--output", "rollout-%A-%a.log"]
+    job = ["launch/rollout.sh", "-n", "8", *triplets]
+    ((*command,),) = printed("rollout_slurm.sh", "-j", 16, "-n", 8, "--sbatch=--time=4:00:00", "--dry-run", *triplets)
+    assert command == ["sbatch", *said, "--gpus-per-node", "8", "--time=4:00:00", *job]
+    ((*command,),) = printed("rollout_slurm.sh", "-j", 16, "-n", 8, "--cpu", "--dry-run", *triplets)
+    assert command == ["sbatch", *said, *job]
 
 
 @pytest.mark.parametrize("words", [["-N", "none"], ["-n", "0"], ["--notice", "5m"], ["--unknown"], []])
@@ -168,7 +201,12 @@ def test_only_what_was_asked_to_stop_is_requeued(cluster, code, again):
     assert lines.count("scontrol requeue 20007") == again
 
 
-@pytest.mark.parametrize("script", sorted(p.name for p in (ROOT / "launch").glob("*.sh")))
+LAUNCHERS = sorted(
+    p.name for p in (ROOT / "launch").glob("*.sh") if p.name != "first_day.sh"
+)  # that is a list of stages
+
+
+@pytest.mark.parametrize("script", LAUNCHERS)
 def test_scripts_know_no_hyper_parameter(script):
     text = (ROOT / "launch" / script).read_text()
     assert text.startswith("#!/usr/bin/env bash\n") and "set -euo pipefail" in text

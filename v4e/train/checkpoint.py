@@ -15,6 +15,7 @@ from itertools import chain
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -22,7 +23,7 @@ from v4e import dist
 from v4e.config import Loop, flat
 from v4e.data.disk import flush
 from v4e.dist import Ranks
-from v4e.errors import CheckpointError
+from v4e.errors import CheckpointError, TrainingError
 from v4e.train.engines import Cast
 from v4e.train.fragments import Archive, collect, restore
 from v4e.train.schedule import factor
@@ -201,8 +202,13 @@ def _write(stem: Path, values: Iterable[tuple[str, Tensor]]) -> None:
 
 
 def _save_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    save_file(dict(tensors), path)
-    flush(path)
+    """TrainingError where the disk does not take it, as is found on one machine and not on the others."""
+    try:
+        save_file(dict(tensors), path)
+        flush(path)
+    except (OSError, SafetensorError) as error:
+        fix = "make room; the same command goes on from the last checkpoint"
+        raise TrainingError(f"the checkpoint cannot be written: {error}", where=str(path), fix=fix) from error
 
 
 def _devices() -> list[tuple[str, Tensor, Callable[[Tensor], None]]]:
