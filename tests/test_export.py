@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import stock_bars
 import stock_edit
 import torch
 from builders import shared_wan_folder
@@ -90,6 +91,7 @@ def test_a_teacher_keeps_its_solver(tmp_path):
 def test_an_earlier_export_is_replaced_but_nothing_else(tmp_path):
     run = a_run(tmp_path / "run")
     export_run(run, tmp_path / "student", weights="last")
+    (tmp_path / ".student.old/transformer").mkdir(parents=True)  # of an export that was killed before it tidied up
     export_run(run, tmp_path / "student", weights="average", dtype=torch.float32)
     assert load_file(tmp_path / "student/transformer" / NAME)["proj_out.weight"].dtype == torch.float32
     (tmp_path / "precious").mkdir()
@@ -128,6 +130,16 @@ def test_unfinished_runs_and_other_models_weights_say_so(tmp_path):
     with pytest.raises(CheckpointError, match="1 of 2 files"):
         export_run(run, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("value", "dtype"), [(float("nan"), None), (7e4, torch.float16)], ids=["nan", "overflow"])
+def test_weights_that_are_not_finite_are_no_export(tmp_path, value, dtype):
+    """Their frames would agree, as all are black."""
+    run = a_run(tmp_path / "run", average=False)
+    file = run / "weights/student/weights.safetensors"
+    save_file(load_file(file) | {"proj_out.bias": torch.full((4 * 4,), value)}, file)
+    with pytest.raises(CheckpointError, match=r"1 tensors are not finite as \w+: proj_out.bias"):
+        export_run(run, tmp_path / "out", dtype=dtype)
 
 
 def test_a_run_that_does_not_say_its_base_asks_for_one(tmp_path):
@@ -339,6 +351,7 @@ def test_names_of_adapters_by_hand():
     assert torch.equal(stored["transformer.proj_out.lora_A.weight"], down)
 
 
+@pytest.mark.slow
 def test_every_linear_layer_may_have_adapters(tmp_path):
     out = export_run(a_run_of_adapters(tmp_path / "run", lambda name: True), tmp_path / "lora", form="lora")
     names = {name.removeprefix("diffusion_model.") for name in load_file(out / COMFYUI)}
@@ -380,6 +393,8 @@ def test_adapters_of_other_values_are_an_error(lora_run, tmp_path, monkeypatch, 
 def test_adapters_belong_to_the_base_they_were_trained_on(lora_run, tmp_path):
     with pytest.raises(CheckpointError, match=r"frozen tensors are not the base's"):
         export_run(lora_run, tmp_path / "out", form="lora", base=str(shared_wan_folder("i2v", 1)))
+    with pytest.raises(CheckpointError, match=r"1 unexpected \(condition_embedder.image_embedder.pos_embed\)"):
+        export_run(lora_run, tmp_path / "out", form="lora", base=str(shared_wan_folder("flf2v")))
     with pytest.raises(ConfigError, match=r"trained no adapters.*loop.lora.rank"):
         export_run(a_run(tmp_path / "run"), tmp_path / "out", form="lora")
 
@@ -405,13 +420,16 @@ def test_the_readme_says_where_it_comes_from(tmp_path):
     assert "2 steps of 4 samples." in card.text
     assert "| method | solver steps | psnr |\n| --- | --- | --- |\n| student | 4 | 24.83 |" in card.text
     assert "| `shift` | `5.0` |" in card.text
+    assert "\n# out\n" in card.text
 
 
 def test_the_sets_of_a_mixture_and_what_became_of_them(tmp_path):
     sets = [write_shards(tmp_path / name, number) for name, number in (("a", 3), ("b", 4))]
     shares = str([{"path": str(s.folder), "weight": 2.0} for s in sets] + [{"path": "gone", "weight": 1.0}])
     remembered = f"1/2 of {sets[0].identity} and 1/2 of 0123"
-    about = provenance.Provenance(tmp_path, "x", "", "last", 1, remembered, {"loop.data": "", "loop.mixture": shares})
+    about = provenance.Provenance(
+        "it", tmp_path, "x", "", "last", 1, remembered, {"loop.data": "", "loop.mixture": shares}
+    )
     text = about.readme("diffusers", Card(), sees_both_ends=False, sharded=False)
     assert f"| shards | `{sets[0].folder}` | manifest {sets[0].identity}, 3 samples |" in text
     assert f"manifest {remembered}, since changed to {sets[1].identity} |" in text
@@ -433,7 +451,7 @@ def test_an_identity_changes_with_any_byte_of_the_weights(tmp_path):
 def test_a_hub_base_is_named_and_told_by_its_commit(tmp_path, monkeypatch):
     cached = "/cache/models--Wan-AI--Wan2.1/snapshots/0123abc/transformer/config.json"
     monkeypatch.setattr(provenance, "try_to_load_from_cache", lambda name, file: cached if "transf" in file else None)
-    about = provenance.Provenance(tmp_path, "Wan-AI/Wan2.1", "", "last", 1, "", {"init": "Wan-AI/Wan2.1"})
+    about = provenance.Provenance("it", tmp_path, "Wan-AI/Wan2.1", "", "last", 1, "", {"init": "Wan-AI/Wan2.1"})
     text = about.readme("lora", Card(), sees_both_ends=False, sharded=False)
     front = text.split("---")[1]
     assert "base_model: Wan-AI/Wan2.1\n" in front and "base_model_relation: adapter\n" in front
@@ -443,14 +461,14 @@ def test_a_hub_base_is_named_and_told_by_its_commit(tmp_path, monkeypatch):
 
 def test_the_licence_and_base_of_a_local_base_are_its_own(tmp_path):
     (tmp_path / "README.md").write_text("---\nlicense: mit\nbase_model: Wan-AI/Wan2.1\n---\n# Mine\n")
-    about = provenance.Provenance(tmp_path, str(tmp_path), "", "last", 1, "", {})
+    about = provenance.Provenance("it", tmp_path, str(tmp_path), "", "last", 1, "", {})
     front = about.readme("diffusers", Card(), sees_both_ends=True, sharded=False).split("---")[1]
     assert "license: mit" in front and "base_model: Wan-AI/Wan2.1" in front and "image-to-video" in front
 
 
 def test_what_is_no_report_is_named(tmp_path):
     (tmp_path / "report.json").write_text('{"methods": {"student": {"4": 3}}}')
-    about = provenance.Provenance(tmp_path, "x", "", "last", 1, "", {})
+    about = provenance.Provenance("it", tmp_path, "x", "", "last", 1, "", {})
     with pytest.raises(DataError, match=r"report.json: no report of v4e's.*--report"):
         about.readme("diffusers", Card(), sees_both_ends=False, sharded=False)
     (tmp_path / "report.json").write_text('{"coverage": 3}')
@@ -465,3 +483,20 @@ def test_the_stock_script_knows_no_v4e():
     modules = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
     modules |= {alias.name for n in ast.walk(tree) if isinstance(n, ast.Import) for alias in n.names}
     assert not [m for m in modules if m.split(".")[0] in ("v4e", "data_tools", "builders")]
+
+
+@pytest.mark.slow
+def test_the_embedded_student_in_stock_diffusers(tmp_path):
+    assert stock_bars.pixels_that_differ(stock_bars.NANO / "student", tmp_path) == 0
+
+
+@pytest.mark.slow
+def test_adapters_of_wan_nano_trained_on_two_ranks(tmp_path):
+    """configs/nano/video4edit.yaml under ZeRO-3 in bf16: its averages, exported and run without v4e."""
+    found = stock_bars.adapters_of_nano(tmp_path)
+    assert all(found[file] < BAR for file in (LORA, COMFYUI))
+    assert found["no adapters"] > 100 * BAR
+    assert stock_bars.pixels_that_differ(tmp_path / "diffusers", tmp_path) == 0
+    last, averages = adapters_of(tmp_path / "run", "weights"), adapters_of(tmp_path / "run")
+    assert all(t.abs().max() > 0 for t in last.values())
+    assert not all(torch.equal(t, last[name]) for name, t in averages.items())

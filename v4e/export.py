@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from v4e.data.disk import writable
+from v4e.data.disk import flush, writable
 from v4e.errors import CheckpointError, ConfigError
 from v4e.models.folder import check, locate
 from v4e.models.lora import adapted, added, in_authors_words, in_diffusers_words
@@ -202,7 +202,9 @@ def export_run(
             _add_averages(making)
         with writable(folder):
             making.card.write(folder)
-            (folder / README).write_text(_readme(making, form, _told(trained, weights), base_model, report))
+            (folder / README).write_text(
+                _readme(making, Path(out).name, form, _told(trained, weights), base_model, report)
+            )
     return Path(out)
 
 
@@ -210,19 +212,35 @@ def _begin(
     trained: Trained, source: Path, folder: Path, form: Form, dtype: torch.dtype | None, shard_size: str | None
 ) -> _Making:
     dtype = dtype or (torch.float32 if form == "lora" else torch.bfloat16)
-    state = {name: t if form == "lora" else t.to(dtype) for name, t in trained.weights().items()}
+    state = _stored(trained.weights(), torch.float32 if form == "lora" else dtype, trained.folder)
     kind: Kind = "flf2v" if POSITIONS in state else "i2v"
     size = shard_size or WHOLE.get(form, "")
     return _Making(trained, source, folder, kind, trained.card(Card.read(source)), dtype, state, size)
+
+
+def _stored(tensors: Mapping[str, Tensor], dtype: torch.dtype, where: Path) -> dict[str, Tensor]:
+    """Tensors as they are to be stored.
+
+    Raises:
+        CheckpointError: not all are finite; frames of such weights would agree in being no frames.
+    """
+    state = {name: t.to(dtype) for name, t in tensors.items()}
+    if bad := [name for name, t in state.items() if not t.isfinite().all()]:
+        raise CheckpointError(
+            f"{len(bad)} tensors are not finite as {str(dtype).removeprefix('torch.')}: {', '.join(bad[:3])}",
+            where=str(where),
+            fix="export the other --weights, or as float32",
+        )
+    return state
 
 
 def _told(trained: Trained, weights: Weights | None) -> str:
     return "last, and as variant ema averaged" if weights == "both" else "averaged" if trained.average else "last"
 
 
-def _readme(making: _Making, form: Form, weights: str, base_model: str, report: Path | None) -> str:
+def _readme(making: _Making, name: str, form: Form, weights: str, base_model: str, report: Path | None) -> str:
     run, sharded = making.trained, any(making.folder.glob("*.index.json"))
-    about = Provenance(run.folder, run.base, base_model, weights, run.steps, run.data, run.settings, report)
+    about = Provenance(name, run.folder, run.base, base_model, weights, run.steps, run.data, run.settings, report)
     return about.readme(form, making.card, making.kind == "flf2v", sharded)
 
 
@@ -240,12 +258,22 @@ def _appearing(out: Path) -> Iterator[Path]:
         with writable(out.parent):
             partial.mkdir(parents=True)
         yield partial
-        if out.exists():
-            os.replace(out, old)
-        os.replace(partial, out)
+        with writable(out.parent):
+            _settle(partial)
+            if out.exists():
+                shutil.rmtree(old, ignore_errors=True)  # of an export that was killed just here
+                os.replace(out, old)
+            os.replace(partial, out)
+            flush(out.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _settle(folder: Path) -> None:
+    """Return when all of it is on the disk."""
+    for path in (*folder.rglob("*"), folder):
+        flush(path)
 
 
 def _copy_parts(source: Path, folder: Path) -> None:
@@ -308,8 +336,7 @@ def _write_diffusers(making: _Making) -> None:
 
 def _add_averages(making: _Making) -> None:
     """The averages beside the last weights, which ``from_pretrained(..., variant="ema")`` loads."""
-    averages = replace(making.trained, average=True).weights()
-    state = {name: t.to(making.dtype) for name, t in averages.items()}
+    state = _stored(replace(making.trained, average=True).weights(), making.dtype, making.trained.folder)
     with writable(making.folder):
         _declared(making).save_stock(
             making.folder / "transformer", state=state, max_shard_size=making.shard_size, variant=AVERAGES
@@ -321,7 +348,7 @@ def _add_averages(making: _Making) -> None:
 def _write_lora(making: _Making) -> None:
     """The adapters under diffusers' names and under ComfyUI's, each held against the base with them added."""
     adapters, scale = making.trained.adapters(), making.trained.scale
-    stored = {name: t.to(making.dtype) for name, t in adapters.items()}
+    stored = _stored(adapters, making.dtype, making.trained.folder)
     base = _base_of(making, adapters)
     _write_scheduler(making)
     forms = {LORA_WEIGHT_NAME_SAFE: in_diffusers_words, COMFYUI: in_authors_words}

@@ -35,6 +35,7 @@ class Provenance:
     """What the README of an export says.
 
     Args:
+        name: of the export.
         run: the training's folder.
         base: folder or Hub id that training began with.
         base_model: its id on the Hub; empty for what ``base`` or its own README say.
@@ -45,6 +46,7 @@ class Provenance:
         report: of an evaluation; None for one beside the run, where there is one.
     """
 
+    name: str
     run: Path
     base: str
     base_model: str
@@ -67,7 +69,7 @@ class Provenance:
         what = "imagines how a first image becomes a last one" if sees_both_ends else "edits images by an instruction"
         parts = [
             f"---\n{self._front_matter(form, sees_both_ends)}\n---",
-            f"# {self.run.resolve().name}",
+            f"# {self.name}",
             f"{_HOLDS[form]} that {what}, trained with v4e {__version__} from `{self.base}` ({self.weights} weights).",
             *([] if sees_both_ends or (sharded and form == "original") else _usage(form, card, self.base)),
             "## Trained from",
@@ -115,7 +117,7 @@ class Provenance:
         rows = [*_rows(file)]
         if not rows:  # another program's
             return []
-        metrics = [name for name in rows[0][2] if any(values.get(name) is not None for _, _, values in rows)]
+        metrics = dict.fromkeys(name for *_, values in rows for name, value in values.items() if value is not None)
         cells = [(method, steps, *(_number(values.get(m)) for m in metrics)) for method, steps, values in rows]
         return ["## Measured", _table(("method", "solver steps", *metrics), cells)]
 
@@ -201,13 +203,18 @@ _HOLDS = {
     "original": "A Wan model, under its authors' names,",
 }
 _LOADING = {
-    "diffusers": ['pipe = WanImageToVideoPipeline.from_pretrained("THIS_FOLDER")'],
+    "diffusers": [
+        "from diffusers import WanImageToVideoPipeline",
+        'pipe = WanImageToVideoPipeline.from_pretrained("THIS_FOLDER")',
+    ],
     "lora": [
+        "from diffusers import UniPCMultistepScheduler, WanImageToVideoPipeline",
         'pipe = WanImageToVideoPipeline.from_pretrained("{base}")',
         'pipe.load_lora_weights("THIS_FOLDER")',
         'pipe.scheduler = UniPCMultistepScheduler.from_pretrained("THIS_FOLDER", subfolder="scheduler")',
     ],
     "original": [
+        "from diffusers import UniPCMultistepScheduler, WanImageToVideoPipeline, WanTransformer3DModel",
         'file = "THIS_FOLDER/diffusion_pytorch_model.safetensors"',
         'transformer = WanTransformer3DModel.from_single_file(file, config="{base}", subfolder="transformer")',
         'pipe = WanImageToVideoPipeline.from_pretrained("{base}", transformer=transformer)',
