@@ -1,13 +1,15 @@
 """Kill ranks of a roll-out with SIGKILL, again and again, and compare what comes out with a run that nobody disturbed.
 
     python -m tests.kill_rollout --triplets 200 --kills 20
+    python -m tests.kill_rollout --triplets 200 --kills 20 --s3
 
 A round starts 1 to 4 ranks (the first one 4), each a process of its own, and kills all of them at random moments.
-After the last round a run is let through to the end.
+After the last round a run is let through to the end. With ``--s3`` the set is on a moto server of this process.
 """
 
 import argparse
 import json
+import logging
 import multiprocessing
 import os
 import random
@@ -16,6 +18,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,6 +32,7 @@ from data_tools.rollout import RolloutConfig, Worker, rollout
 from data_tools.rollout.spool import Spool
 from tests.builders import wan_folder
 from v4e.config import Wandb
+from v4e.data.places import Place, place, read_bytes, sizes, system
 from v4e.data.shards import ShardSet
 
 FORK = multiprocessing.get_context("fork")  # importing torch for each of a hundred ranks would take half an hour
@@ -63,15 +68,36 @@ class Verdict:
         return not nothing and self.unfinished <= self.killed and self.whole_shards_equal
 
 
-def trial(folder: Path, triplets: int, rounds: int, seed: int) -> Verdict:
-    """Roll out twice, once undisturbed, and compare."""
+def trial(folder: Path, triplets: int, rounds: int, seed: int, url: str = "") -> Verdict:
+    """Roll out twice, once undisturbed, and compare.
+
+    Args:
+        url: of the set whose ranks are killed; in ``folder`` by default.
+    """
+    out = place(url or folder / "set")
     torch.set_num_threads(1)
     rows, config = make_triplets(folder / "in", triplets), settings(wan_folder(folder / "teacher", "flf2v"))
     rollout(rows, folder / "calm", config)
     draw, log = random.Random(seed), folder / "log"
-    killed = sum(_round(rows, folder / "set", config, log, draw, 4 if n == 0 else None) for n in range(rounds))
-    _let_through(rows, folder / "set", config, log, draw.randint(1, 4))
-    return _compare(folder, [t.id for t in rows], log, killed, rounds)
+    killed = sum(_round(rows, out, config, log, draw, 4 if n == 0 else None) for n in range(rounds))
+    _let_through(rows, out, config, log, draw.randint(1, 4))
+    return _compare(folder / "calm", out, [t.id for t in rows], log, killed, rounds)
+
+
+@contextmanager
+def s3() -> Iterator[str]:
+    """A bucket on a moto server, which every process that is started within reaches."""
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel("ERROR")
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    keys = {"AWS_ACCESS_KEY_ID": "trial", "AWS_SECRET_ACCESS_KEY": "trial", "AWS_DEFAULT_REGION": "us-east-1"}
+    os.environ.update(keys, AWS_ENDPOINT_URL=f"http://{host}:{port}")
+    system(place("s3://trial/set")).mkdir("trial")
+    yield "s3://trial/set"
+    server.stop()
 
 
 def make_triplets(folder: Path, count: int) -> list[Triplet]:
@@ -95,7 +121,7 @@ def settings(teacher: Path) -> RolloutConfig:
     )  # fmt: skip
 
 
-def _round(rows, out: Path, config: RolloutConfig, log: Path, draw: random.Random, ranks: int | None) -> int:
+def _round(rows, out: Place, config: RolloutConfig, log: Path, draw: random.Random, ranks: int | None) -> int:
     """Start ranks and kill each at a moment of its own; how many were still alive then."""
     parts = ranks or draw.randint(1, 4)
     processes = _start(rows, out, config, log, parts)
@@ -110,14 +136,14 @@ def _round(rows, out: Path, config: RolloutConfig, log: Path, draw: random.Rando
     return sum(p.exitcode == -signal.SIGKILL for p in processes)
 
 
-def _let_through(rows, out: Path, config: RolloutConfig, log: Path, parts: int) -> None:
+def _let_through(rows, out: Place, config: RolloutConfig, log: Path, parts: int) -> None:
     processes = _start(rows, out, config, log, parts)
     for process in processes:
         process.join()
     assert [p.exitcode for p in processes] == [0] * parts, log.with_name("stderr").read_text()[-2000:]
 
 
-def _start(rows, out: Path, config: RolloutConfig, log: Path, parts: int) -> list:
+def _start(rows, out: Place, config: RolloutConfig, log: Path, parts: int) -> list:
     shares = [replace(config, part=part, parts=parts) for part in range(parts)]
     processes = [FORK.Process(target=_rank, args=(rows, out, share, log)) for share in shares]
     for process in processes:
@@ -125,7 +151,7 @@ def _start(rows, out: Path, config: RolloutConfig, log: Path, parts: int) -> lis
     return processes
 
 
-def _rank(rows, out: Path, config: RolloutConfig, log: Path) -> None:
+def _rank(rows, out: Place, config: RolloutConfig, log: Path) -> None:
     """One rank, which notes what it begins and what is safe; a line is one write, which a kill does not tear."""
     sys.stderr = open(log.with_name("stderr"), "a")  # noqa: SIM115
     work, save = Worker.work, Spool.save
@@ -147,8 +173,8 @@ def _lines(log: Path) -> list[list[str]]:
     return [line.split() for line in log.read_text().splitlines()] if log.exists() else []
 
 
-def _compare(folder: Path, keys: list[str], log: Path, killed: int, rounds: int) -> Verdict:
-    calm, made = ShardSet.open(folder / "calm"), ShardSet.open(folder / "set", verify="none")
+def _compare(whole: Path, out: Place, keys: list[str], log: Path, killed: int, rounds: int) -> Verdict:
+    calm, made = ShardSet.open(whole), ShardSet.open(out, verify="none")
     counts = Counter(made.keys)
     places = {key: i for i, key in enumerate(made.keys)}
     same = [_members(calm, i) == _members(made, places[key]) for i, key in enumerate(calm.keys) if key in places]
@@ -158,7 +184,7 @@ def _compare(folder: Path, keys: list[str], log: Path, killed: int, rounds: int)
         repeated += what == "begun" and unit in safe
         safe |= {unit} if what == "safe" else set()
     begun = sum(what == "begun" for what, _ in lines)
-    tars = [{p.name: p.read_bytes() for p in (folder / name).glob("*.tar")} for name in ("calm", "set")]
+    tars = [{name: read_bytes(at / name) for name in sizes(at) if name.endswith(".tar")} for at in (whole, out)]
     return Verdict(
         rounds=rounds,
         samples=len(made),
@@ -183,9 +209,10 @@ def main() -> int:
     parser.add_argument("--triplets", type=int, default=200)
     parser.add_argument("--kills", type=int, default=20, help="rounds, in each of which all ranks are killed")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--s3", action="store_true", help="roll out to an S3 server")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        verdict = trial(Path(folder), args.triplets, args.kills, args.seed)
+    with tempfile.TemporaryDirectory() as folder, s3() if args.s3 else nullcontext("") as url:
+        verdict = trial(Path(folder), args.triplets, args.kills, args.seed, url)
     print(json.dumps({**vars(verdict), "holds": verdict.holds}, indent=1))
     return int(not verdict.holds)
 

@@ -26,12 +26,13 @@ from data_tools import rollout as room
 from data_tools.ingest import Triplet, ingest, read_triplets
 from data_tools.rollout import Evolving, RolloutConfig, Worker, pack_clips, rollout
 from data_tools.rollout.encode import RolloutCodec
+from data_tools.rollout.plan import Plan
 from data_tools.rollout.spool import Spool
 from v4e import dist, flow, journal
 from v4e.config import Wandb
 from v4e.data.collate import collate
 from v4e.data.members import unpack
-from v4e.data.shards import ShardSet
+from v4e.data.shards import ShardSet, read_manifest
 from v4e.errors import CheckpointError, ConfigError, DataError
 from v4e.models.codec import WanCodec
 from v4e.models.wan import WanBackbone
@@ -617,6 +618,24 @@ def test_the_journal_counts_over_all_ranks(triplets, tmp_path):
     rollout(rows, tmp_path / "set", settings(part=0, parts=2, max_reject_fraction=1))
     last = journal.read(tmp_path / "set/journal")[-1]
     assert (last["step"], last["samples"], last["rejects"]) == (5, 5, 1)
+    assert last["packed_bytes"] == sum(p.stat().st_size for p in (tmp_path / "set").glob("*.tar"))
+
+
+def test_what_is_packed_is_counted_by_its_statistics_each_read_once(own):
+    """Three shards of 2, 2 and 1 triplets, of which the second lacks a sample and the third its statistics."""
+    rows, folder = read_triplets(own[0]), own[1]
+    sheets = [folder / f"000-{n:06d}_stats.json" for n in range(3)]
+    for n, sheet in enumerate(sheets):
+        sheet.write_text(json.dumps({"samples": 1, "bytes": 1000 + n, "seconds": 2.5}))
+    sheets[0].write_text(json.dumps({"samples": 2, "bytes": 1000, "seconds": 1.25}))
+    sheets[2].unlink()
+    spool = Spool(folder, Plan(rows, 2, 1), read_manifest(folder)[0], torch.float32)
+    size = (folder / "000-000002.tar").stat().st_size
+    wanted = {"samples": 4, "bytes": 2001 + size, "seconds": 3.75, "rejects": 1}
+    assert spool.tally() == wanted
+    sheets[0].write_text("{")
+    assert spool.tally() == wanted
+    spool.claims.close()
 
 
 # ------------------------------------------------------------------------------------- one roll-out, several ranks

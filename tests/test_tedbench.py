@@ -1,11 +1,13 @@
 """Real photographs go down the whole road: ingest, evolve, rollout, verify, train, export, edit, each by its command.
 
-The models are tiny and random, so this is about data that nobody drew for us, not about quality.
+The models are tiny and random, or the embedded ones, which know drawn pictures alone: this is about data that nobody
+drew for us, not about quality.
 """
 
 import json
 import math
 import os
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -16,8 +18,10 @@ from safetensors.torch import load_file
 
 from data_tools import cli as yard
 from data_tools.ingest import read_triplets
+from data_tools.stats import stats
 from v4e import cli as door
 from v4e import journal
+from v4e.data.shards import ShardSet
 
 ROOT = Path(__file__).parents[1]
 TEDBENCH = Path(os.environ.get("V4E_TEDBENCH", ROOT.parent / "shared/data/tedbench"))
@@ -106,3 +110,25 @@ def test_all_real_triplets_go_down_the_road(tmp_path):
     model = student(tmp_path)
     check_training(tmp_path)
     check_edit(model, tmp_path)
+
+
+@pytest.mark.slow
+def test_all_real_triplets_go_through_wan_nano(tmp_path, capsys):
+    """The commands of docs/quality.md: ingest, evolve, rollout, verify, look, with the embedded teacher at its size."""
+    edits, made = str(tmp_path / "edits"), str(tmp_path / "shards")
+    nano = str(ROOT / "v4e/assets/wan-nano/teacher")
+    words = ("teacher_frames=9", "guidance=1.0", "batch=8", "dtype=fp32", "attention=native", "threads=1")
+    for command in (
+        ["ingest", str(TEDBENCH / "triplets.jsonl"), edits, "--height", "64", "--width", "64"],
+        ["evolve", edits],
+        ["verify", edits],
+        ["rollout", edits, made, "--teacher", nano, *words, "wandb.mode=disabled"],
+        ["verify", made, "--codec", nano, "--least-psnr", "15"],
+        ["look", made, "--codec", nano],
+    ):
+        assert yard.main(command) == 0, (command, capsys.readouterr())
+    taken, found = read_triplets(edits), ShardSet.open(made, verify="index")
+    assert list(found.keys) == [t.id for t in taken] == [row["id"] for row in rows()] and len(found) == COUNT
+    assert stats(made)[0].counts["task"] == dict(Counter(t.task for t in taken).most_common())
+    page = (tmp_path / "shards/look.html").read_text()
+    assert page.count("<section>") == 24 and "could not be read" not in page

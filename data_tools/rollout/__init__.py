@@ -30,8 +30,8 @@ __all__ = [
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `v4e-shards rollout`."""
-    parser.add_argument("triplets", help="folder written by `v4e-shards ingest` and `evolve`")
-    parser.add_argument("out", help="shard folder; an unfinished one is gone on with")
+    parser.add_argument("triplets", help="folder or URL written by `v4e-shards ingest` and `evolve`")
+    parser.add_argument("out", help="shard folder or URL; an unfinished one is gone on with")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, over those of the file")
     parser.add_argument("--teacher", help="FLF2V folder or Hub id, or none; short for teacher=...")
     parser.add_argument("--part", metavar="I/N", help="do share I of N, from 0; else as the launcher or Slurm says")

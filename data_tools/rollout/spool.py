@@ -35,6 +35,7 @@ from v4e.data.places import (
     is_remote,
     make_folder,
     names,
+    patiently,
     read_bytes,
     read_many,
     remove,
@@ -175,8 +176,9 @@ class Spool:
 
     def save(self, unit: int, outcome: Unit) -> None:
         """Make a unit safe, and pack its shard when it was the last one."""
+        content = outcome.to_bytes()
         with writable(self.folder):
-            write_atomically(self._path(unit), outcome.to_bytes())
+            patiently(lambda: write_atomically(self._path(unit), content))  # the teacher's work is worth some waiting
         self.pack(self.plan.shard_of(unit))
 
     def pack(self, shard: int) -> None:
