@@ -8,7 +8,7 @@ import torch
 from builders import shared_wan_folder
 
 from v4e import cli, config, plan
-from v4e.config import Loop
+from v4e.config import Loop, Offload
 from v4e.models.wan import _construct, _skeleton
 from v4e.nouns import Grid
 from v4e.plan import Census, Data, Machine, Shape
@@ -48,6 +48,25 @@ def test_in_fp32_the_weights_are_the_masters_unless_stage_1_or_2_copies_them():
 
 def test_muon_keeps_one_number_for_a_hidden_weight():
     assert plan.state(PLAYER, 2, 1, "muon", False)["optimiser"] == 600 * 4 + 400 * 8
+
+
+def test_8_bits_are_a_quarter_and_a_scale_for_each_block():
+    assert plan.state(PLAYER, 2, 1, "adamw8bit", False)["optimiser"] == 2000 + 2 * 4 * 1000 / 256
+
+
+def test_what_is_offloaded_moves_to_main_memory():
+    """250 elements a rank: 4 bytes of master and average, 8 of moments, 4 of gradient and 2 of its copy each."""
+    away = Loop(ema=0.9, offload=Offload("cpu", "cpu", ""))
+    here, main = plan.placed(PLAYER, 2, 4, "adamw", away)
+    assert here == {"weights": 200, "gradients": 0, "masters": 0, "optimiser": 0, "EMA": 0}
+    assert main == {"masters": 1000, "gradients": 1500, "optimiser": 2000, "EMA": 1000, "weights": 650}
+    disk = replace(away, offload=Offload("nvme", "none", "/disk"))
+    here, main = plan.placed(PLAYER, 2, 4, "adamw", disk)
+    assert here["weights"] == 850 and main == {"swap buffers": 4000, "gradients": 500, "EMA": 1000}
+    first = plan.placed(replace(PLAYER, stage=1), 2, 4, "adamw", replace(away, offload=Offload("cpu")))[0]
+    assert first["gradients"] == 2000  # reduced after the backward pass alone
+    nothing = plan.placed(PLAYER, 2, 4, "adamw", Loop(ema=0.9))
+    assert nothing == (plan.state(PLAYER, 2, 4, "adamw", True), {})
 
 
 def test_frozen_players_hold_weights_alone():
@@ -198,6 +217,24 @@ def test_one_card_holds_the_adapters_for_one_card():
     assert plan.planned(real("video4edit_lora_one_gpu"), card, CLIPS)[0].fits
     assert not plan.planned(real("video4edit_lora"), card, CLIPS)[0].fits
     assert plan.planned(real("video4edit_lora"), Machine(ranks=8), CLIPS)[0].fits
+
+
+def test_work_counts_nothing_twice():
+    """Of a sample of 2 latent frames: 7200 tokens, three forward passes, none for checkpointing."""
+    recipe, once = real("flow_matching", "loop.checkpointing=true"), real("flow_matching", "loop.checkpointing=false")
+    told = plan.work(recipe, 8, CLIPS)
+    assert told.tokens == 2 * 45 * 80
+    assert told.flops == plan.planned(once, Machine(ranks=8), CLIPS)[0].flops
+    shape = Shape(5120, 13824, 40, 1)
+    assert told.flops == pytest.approx(recipe.loop.batch * 3 * plan.forward_flops(shape, told.tokens))
+
+
+def test_offloading_lets_the_optimiser_fit_where_it_did_not():
+    card = Machine(ranks=8)
+    answer = plan.planned(real("video4edit", "loop.offload.optimizer=cpu"), card, CLIPS)[0]
+    assert answer.peak < plan.planned(real("video4edit"), card, CLIPS)[0].peak
+    assert answer.main["optimiser"] == BIG and answer.update["step"] == 0
+    assert "main memory: optimiser" in plan.page(answer, "", CLIPS, 10)
 
 
 def test_released_models_need_no_folder_and_others_do(tmp_path):

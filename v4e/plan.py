@@ -125,6 +125,7 @@ class Plan:
 
     Args:
         parts: bytes per rank, by what they hold throughout a step.
+        main: bytes of main memory per rank, likewise, of what is offloaded.
         compute, update: bytes per rank on top while losses are computed, and while the optimiser steps; never both.
         host: bytes of a rank's main memory while a checkpoint and the weights are written.
         flops: of a step, over all ranks.
@@ -133,6 +134,7 @@ class Plan:
     """
 
     parts: Mapping[str, float]
+    main: Mapping[str, float]
     compute: Mapping[str, float]
     update: Mapping[str, float]
     host: float
@@ -173,14 +175,45 @@ def state(census: Census, low: int, ranks: int, optimizer: str, ema: bool) -> di
     """
     part = {k: (1 / ranks if census.stage >= k else 1.0) for k in (1, 2, 3)}
     masters = 0 if low == 4 and census.stage in (0, 3) else 4  # there the weights are the masters
-    moments = 4 * census.hidden + 8 * (census.trained - census.hidden) if optimizer == "muon" else 8 * census.trained
+    moments = {
+        "adamw": 8.0 * census.trained,
+        "adamw8bit": (2 + 8 / 256) * census.trained,  # and two fp32 scales for each block of 256
+        "muon": 8.0 * census.trained - 4 * census.hidden,
+    }
     return {
         "weights": held(census, low, ranks),
         "gradients": low * census.trained * part[2],
         "masters": masters * census.trained * part[1],
-        "optimiser": moments * part[1],
+        "optimiser": moments[optimizer] * part[1],
         "EMA": 4.0 * census.trained * part[1] * ema,
     }
+
+
+def placed(
+    census: Census, low: int, ranks: int, optimizer: str, loop: Loop
+) -> tuple[dict[str, float], dict[str, float]]:
+    """:func:`state` on the accelerator, and what is offloaded, in main memory; what is on a disk has buffers there."""
+    here, away = state(census, low, ranks, optimizer, loop.ema > 0), {}
+    if loop.offload.optimizer != "none":
+        away = offloaded(census, low, ranks, loop)
+        here |= {"gradients": here["gradients"] * (census.stage == 1), "masters": 0.0, "optimiser": 0.0, "EMA": 0.0}
+    if loop.offload.parameters != "none":
+        away["weights"] = here["weights"] - low * census.whole
+        here["weights"] = float(low * census.whole)
+    return here, away
+
+
+def offloaded(census: Census, low: int, ranks: int, loop: Loop) -> dict[str, float]:
+    """Bytes of main memory per rank for an optimiser that is not on the accelerator.
+
+    Its gradients are kept in fp32, beside a copy of them (ZeRO-3) or of the weights (below) as the forward pass has
+    them. A disk takes all but four buffers of the largest group stepped at once, and the averages.
+    """
+    share = census.trained / ranks
+    averages = {"EMA": 4.0 * share * (loop.ema > 0)}
+    if loop.offload.optimizer == "nvme":
+        return {"swap buffers": 16.0 * min(share, GROUP), "gradients": low * share} | averages
+    return {"masters": 4 * share, "gradients": (4 + low) * share, "optimiser": 8 * share} | averages
 
 
 def held(census: Census, low: int, ranks: int) -> float:
@@ -326,15 +359,19 @@ def plan(recipe: Recipe, machine: Machine, data: Data) -> Plan:
     players = [(player, census(player, loop)) for player in recipe.players()]
     trained = [(p, c) for p, c in players if p.trains]
     frozen = [(p, c) for p, c in players if not p.trains]
-    parts = _sum(state(c, low, machine.ranks, p.optim.name, loop.ema > 0) for p, c in trained)
-    parts["frozen players"] = sum(held(c, low, machine.ranks) for _, c in frozen)
+    states = [placed(c, low, machine.ranks, p.optim.name, loop) for p, c in trained]
+    others = [placed(c, low, machine.ranks, p.optim.name, loop) for p, c in frozen]
+    parts, main = (_sum(each[i] for each in states) for i in range(2))
+    parts["frozen players"] = sum(here["weights"] for here, _ in others)
+    main["frozen players"] = sum(away.get("weights", 0.0) for _, away in others)
     parts["buckets"] = sum(_buckets(p, c, low, loop, machine) for p, c in trained)
     flops, received = _work(recipe, trained, frozen, low, data, machine.ranks)
     arithmetic = flops / machine.ranks / (machine.flops * machine.utilisation)
     return Plan(
         parts,
+        main,
         _compute(trained, frozen, low, recipe, data, machine.ranks),
-        {"step": max(update(c, low, machine.ranks, machine.fused) for _, c in trained)},
+        {"step": max(_stepping(c, low, loop, machine) for _, c in trained)},
         _host(trained, machine.ranks, loop),
         flops,
         arithmetic,
@@ -454,6 +491,11 @@ def _buckets(player: Player, c: Census, low: int, loop: Loop, machine: Machine) 
     return buckets(c, low, told["reduce_bucket_size"], machine.fused and c.stage > 1)
 
 
+def _stepping(c: Census, low: int, loop: Loop, machine: Machine) -> float:
+    """DeepSpeed's AdamW for CPUs needs nothing beside what it steps."""
+    return 0.0 if loop.offload.optimizer != "none" else update(c, low, machine.ranks, machine.fused)
+
+
 Counted = Sequence[tuple[Player, Census]]
 
 
@@ -525,6 +567,7 @@ def page(plan: Plan, remedy: str, data: Data, steps: int) -> str:
             f"  {'peak':<34}{plan.peak / GB:10.2f}",
             f"  {'room on the card':<34}{plan.room / GB:10.2f}",
             f"{verdict} in {m.memory / GB:.0f} GB{advice}",
+            *_rows(plan.main, "main memory: "),
             f"main memory of a rank while it saves: {plan.host / GB:.2f} GB",
             "",
             f"time: {data.student.tokens} tokens (teacher {data.teacher.tokens}), {plan.flops / 1e15:.1f} PFLOP a step",
