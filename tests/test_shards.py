@@ -20,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_tools import look, verify
+from v4e.data import buffers
 from v4e.data.members import MEMBERS, all_finite, load_tensors, save_tensors
 from v4e.data.shards import Index, SetMeta, ShardSet, ShardWriter, finish, index_path
 from v4e.errors import DataError
@@ -137,6 +138,31 @@ def test_fast_tensor_reader_reads_what_the_library_reads(shapes, dtype, writable
     read, wanted = load_tensors(bytearray(content) if writable else content), load(content)
     assert read.keys() == wanted.keys()
     assert all(read[k].equal(x) and read[k].dtype == x.dtype and read[k].shape == x.shape for k, x in wanted.items())
+
+
+def test_memory_is_used_again_and_never_while_something_refers_to_it():
+    first = buffers.take(100_000)
+    address, rest = torch.frombuffer(first, dtype=torch.uint8).data_ptr(), first[10:20]
+    tensor = torch.frombuffer(rest, dtype=torch.uint8)
+    tensor.fill_(7)
+    del first, rest
+    others = [buffers.take(100_000) for _ in range(3)]
+    for other in others:
+        torch.frombuffer(other, dtype=torch.uint8).fill_(1)
+    assert tensor.tolist() == [7] * 10 and address not in map(_address, others)
+    del tensor
+    assert _address(again := buffers.take(98_305)) == address and len(again) == 98_305
+    assert [len(buffers.take(n)) for n in (0, 1, 4097)] == [0, 1, 4097]
+
+
+def _address(view: memoryview) -> int:
+    return torch.frombuffer(view, dtype=torch.uint8).data_ptr()
+
+
+@given(st.integers(1, 10**10))
+def test_little_memory_is_taken_in_vain(size):
+    rounded = buffers._rounded(size)
+    assert size <= rounded <= max(size + 4095, size * 1.25) and rounded % 4096 == 0
 
 
 NUMBERS = st.lists(st.floats(-1e4, 1e4) | st.sampled_from([math.inf, -math.inf, math.nan, -0.0]), max_size=5)

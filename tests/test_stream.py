@@ -103,18 +103,18 @@ def test_a_damaged_index_costs_its_own_shard_alone(tmp_path):
 
 @pytest.mark.slow
 def test_a_million_samples_open_at_once_and_take_no_room():
-    found = reading.scale() | reading.memory((1000, 100_000))
+    found = reading.scale() | reading.memory()
     print(found)
     assert found["open_s"] < 2 and found["seek_us"] < 100 and found["permute_s"] < 1
-    assert found["read_peak_mb_100000"] < 1.1 * found["read_peak_mb_1000"]
+    assert found["read_peak_growth"] < 1.1
 
 
 @pytest.mark.slow
-def test_batches_are_read_nearly_as_fast_as_bytes():
+def test_batches_are_read_nearly_as_fast_as_bytes_and_leave_nothing_behind():
     """The bar is 0.8 (`data_tools/bench/reading.py`); a machine that does other work may halve it."""
-    found = reading.measure(samples=1000)
+    found = reading.measure(samples=1000, largest=10_000)
     print(found)
-    assert found["read_ratio"] > 0.4
+    assert found["read_ratio"] > 0.4 and found["loader_memory_slope"] < 1
 
 
 def test_ranks_and_empty_sets(shards, tmp_path):

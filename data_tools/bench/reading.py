@@ -1,6 +1,8 @@
 """Shards into training batches, against reading the same bytes in a row and parsing the same tensors; and their scale.
 
 Both sides start with no byte in the page cache, as a set larger than memory does; the warm ratio is told beside it.
+Warm, one side is a copy and a parse at memory's speed, and the other also checks every byte and number, and writes
+twice the bytes, since batches are fp32.
 """
 
 import os
@@ -13,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 
+import numpy as np
 import torch
 from safetensors.torch import load
 from xxhash import xxh3_128_hexdigest
@@ -32,11 +35,13 @@ DIFFERENT = 32  # samples of random numbers; they are written again and again
 BATCH, MICRO = 64, 8
 
 
-def measure(samples: int = 2000, rounds: int = 3) -> dict[str, float]:
-    """``read_ratio`` and what it is made of, the rates in MB a second.
+def measure(samples: int = 2000, rounds: int = 3, largest: int = 1_000_000, steps: int = 2000) -> dict[str, float]:
+    """``read_ratio`` and what it is made of, the rates in MB a second; then scale, memory and its slope.
 
     Args:
         rounds: both sides alternate so many times; medians count.
+        largest: samples of the largest set that is only opened, in shards of a hundred.
+        steps: over which memory must not grow.
     """
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
@@ -48,6 +53,9 @@ def measure(samples: int = 2000, rounds: int = 3) -> dict[str, float]:
         "read_ratio_warm": round(warm[0] / warm[1], 3),
         "read_batches_mb_s": round(size / cold[1], 1),
         "read_raw_mb_s": round(size / cold[0], 1),
+        **scale(largest, largest // 100),
+        **memory([form for form in FORMS if form <= largest]),
+        **steady(steps),
     }
 
 
@@ -153,8 +161,34 @@ def scale(samples: int = 1_000_000, shards: int = 10_000, seeks: int = 2000) -> 
 
 
 def memory(forms: Sequence[int] = FORMS) -> dict[str, float]:
-    """Peak MB of a process that opens a set of so many samples and looks up the keys of an epoch's first thousand."""
-    return {f"read_peak_mb_{samples}": _peak(samples) for samples in forms}
+    """Peak MB of a process that opens a set of so many samples and looks up the keys of an epoch's first thousand.
+
+    ``read_peak_growth`` is that of the largest set over that of the smallest.
+    """
+    peaks = {f"read_peak_mb_{samples}": _peak(samples) for samples in forms}
+    return {**peaks, "read_peak_growth": round(max(peaks.values()) / min(peaks.values()), 3)}
+
+
+def steady(steps: int = 2000, samples: int = 200, batch: int = 8, lap: int = 50) -> dict[str, float]:
+    """``loader_memory_slope``: MB that reading and batching grow by in 1,000 steps, after a quarter of them.
+
+    A line through the largest sizes of each lap: within one, what the allocator gives back comes and goes.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        stream = Stream(fixture(Path(folder), samples), seed=0, batch=batch, micro_batch=batch)
+        held = []
+        for step in range(steps):
+            for piece in stream.step(step):
+                collate(piece.samples, piece.weights, rollout=True)
+            held.append(resident())
+        stream.close()
+    peaks = [max(held[n : n + lap]) for n in range(steps // 4, steps - lap + 1, lap)]
+    return {"loader_memory_slope": round(float(np.polyfit(range(len(peaks)), peaks, 1)[0]) * 1000 / lap, 3)}
+
+
+def resident() -> float:
+    """MB of memory that this process holds now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
 def forge(folder: Path, samples: int, shards: int) -> None:
@@ -193,4 +227,4 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
 if __name__ == "__main__":
-    print(measure() | scale() | memory())
+    print(measure())

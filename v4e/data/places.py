@@ -17,13 +17,13 @@ from contextlib import contextmanager
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar, cast
 
 import fsspec
-import numpy as np
 from typing_extensions import TypeIs
 from upath import UPath
 
+from v4e.data import buffers
 from v4e.errors import DataError, V4EError
 
 BACKENDS = {"s3": "s3fs", "gs": "gcsfs", "hf": "huggingface_hub", "http": "aiohttp", "https": "aiohttp"}
@@ -129,6 +129,12 @@ def read_bytes(where: Place) -> bytes:
         return system(where).cat_file(where.path) if is_remote(where) else where.read_bytes()
 
 
+def opened(where: Place) -> IO[bytes]:
+    """A file to read from as it is needed; DataError when it is not there."""
+    with reaching(where):
+        return cast(IO[bytes], system(where).open(where.path, "rb") if is_remote(where) else open(where, "rb"))
+
+
 def read_range(where: Place, offset: int, size: int) -> memoryview:
     """A part of a file, shorter where the file ends, which the caller may write to; DataError when it cannot be read.
 
@@ -137,7 +143,7 @@ def read_range(where: Place, offset: int, size: int) -> memoryview:
     with reaching(where):
         if is_remote(where):
             return memoryview(bytearray(_remote_range(where, offset, size)))
-        content = np.empty(size, np.uint8).data  # not cleared first, as a bytearray would be
+        content = buffers.take(size)
         file = os.open(where, os.O_RDONLY)
         try:
             return content[: os.preadv(file, [content], offset)]
