@@ -73,6 +73,7 @@ def train(args: argparse.Namespace) -> int:
     from v4e.data.mixture import Mixture
     from v4e.data.stream import Stream
     from v4e.eval.contact import ContactSheet
+    from v4e.plan import Data, work
     from v4e.train.run import train_recipe
 
     loop, ranks = recipe.loop, dist.start(recipe.loop.threads)
@@ -84,7 +85,12 @@ def train(args: argparse.Namespace) -> int:
         return Stream(shards, seed=loop.seed, cache=loop.cache_bytes, **sizes)
 
     sheet = ContactSheet(loop.validation, recipe.codec, ranks, shift=recipe.shift) if loop.validation else None
-    train_recipe(recipe, stream, sheet, resume=args.resume, data=shards.identity)
+
+    def effort():
+        clips = shards.sets[0].meta
+        return work(recipe, ranks.world, Data(clips.student, clips.teacher or clips.student, len(shards.sets[0])))
+
+    train_recipe(recipe, stream, sheet, resume=args.resume, data=shards.identity, work=effort)
     return 0
 
 
