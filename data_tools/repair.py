@@ -7,21 +7,32 @@ repair may be killed at any moment and simply be run again.
 """
 
 import json
-import os
-import shutil
 import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 
 from xxhash import xxh3_128_hexdigest
 
 from data_tools.verify import Problem, Report, check_samples, listed, read_index
-from v4e.data.disk import hash_of, lock, to_json, writable, write_atomically
+from v4e.data.disk import copy, hash_of, lock, scratch, to_json, writable, write_atomically
 from v4e.data.members import WORDS
-from v4e.data.places import Place, is_remote, place, read_bytes, read_range
+from v4e.data.places import (
+    Place,
+    exists,
+    is_remote,
+    make_folder,
+    names,
+    opened,
+    place,
+    reaching,
+    read_bytes,
+    read_range,
+    remove,
+    sizes,
+    system,
+)
 from v4e.data.shards import FORMAT, SHARD, Index, SetMeta, ShardInfo, ShardSet, finish, index_path, write_shard
 from v4e.errors import DataError
 
@@ -83,40 +94,33 @@ def repair(folder: str | Place, report: Report, *, most: float = 0.1, seal: bool
         seal: write a manifest over what is left, instead of leaving the set to be filled up again.
 
     Raises:
-        DataError: more would be dropped, a writer is at work, the disk is full, or the set is behind a URL.
+        DataError: more would be dropped, a writer is at work, the disk is full, or the folder cannot be written.
     """
-    folder = _local(folder)
+    make_folder(folder := place(folder))
     meta, shards = listed(folder, [])
     done = Repair(left=[p for p in report.problems if p.kind in WITHOUT_EVIDENCE])
     damaged = {p.shard for p in report.problems} - {p.shard for p in done.left}
     hurt = [s for s in shards if s.name in damaged]
     with ExitStack() as held, writable(folder):
         for part in sorted({s.name.split("-")[0] for s in shards}):
-            held.enter_context(lock(folder / f".lock-{part}"))
+            held.enter_context(lock(scratch(folder) / f".lock-{part}"))
         done.restored += [index_path(folder / s.name).name for s in hurt if _restore_index(folder, s)]
         salvages = [_salvage(folder, meta, s, report.problems) for s in hurt]
         _keep_one_of_each(folder, shards, salvages, report.problems)
         done.dropped = [p for s in salvages for p in s.bad.values()]
         _refuse_too_many(len(done.dropped), sum(s.samples for s in shards), most, folder)
         if done.dropped or "manifest" in report.counts:
-            (folder / "manifest.json").unlink(missing_ok=True)
+            remove(folder / "manifest.json")
         _log(folder / LOG, done.dropped)
         for salvage in salvages:
             done.restored += _mend(folder, meta, salvage)
-    if seal and not (folder / "manifest.json").exists():
+    if seal and not exists(folder / "manifest.json"):
         finish(folder)
-    done.whole = (folder / "manifest.json").exists()
+    done.whole = exists(folder / "manifest.json")
     return done
 
 
-def _local(folder: str | Place) -> Path:
-    if is_remote(where := place(folder)):
-        fix = "copy the set to a disk, repair it there and upload what changed"
-        raise DataError("only a set on a disk can be repaired", where=str(folder), fix=fix)
-    return Path(where)
-
-
-def _refuse_too_many(dropped: int, samples: int, most: float, folder: Path) -> None:
+def _refuse_too_many(dropped: int, samples: int, most: float, folder: Place) -> None:
     if dropped > most * samples:
         raise DataError(
             f"{dropped} of {samples} samples would be dropped, which is more than the share of {most:g}",
@@ -125,17 +129,17 @@ def _refuse_too_many(dropped: int, samples: int, most: float, folder: Path) -> N
         )
 
 
-def _log(path: Path, dropped: Sequence[Problem]) -> None:
+def _log(path: Place, dropped: Sequence[Problem]) -> None:
     """One line a sample, after those of earlier repairs."""
     if dropped:
-        before = path.read_bytes() if path.exists() else b""
+        before = read_bytes(path) if exists(path) else b""
         write_atomically(path, before + b"".join(to_json(asdict(p)) + b"\n" for p in dropped))
 
 
 # ------------------------------------------------------------------------------------------------------ indexes
 
 
-def _restore_index(folder: Path, shard: ShardInfo) -> bool:
+def _restore_index(folder: Place, shard: ShardInfo) -> bool:
     """Make a damaged index again from its tar; the manifest's hash proves that it is the old one, to the byte."""
     tar = folder / shard.name
     with suppress(DataError):
@@ -149,20 +153,24 @@ def _restore_index(folder: Path, shard: ShardInfo) -> bool:
     return False
 
 
-def _indexes_of(tar: Path) -> Iterator[bytes]:
+def _indexes_of(tar: Place) -> Iterator[bytes]:
     """The indexes that a writer would have made, of now and of before it knew xxh3; none when the tar is torn."""
     rows, quick = dict[str, dict[str, Sequence[object]]](), list[str]()
-    with suppress(tarfile.TarError, DataError, OSError), tarfile.open(tar, "r:") as file:
+    with (
+        suppress(tarfile.TarError, DataError, OSError),
+        opened(tar) as raw,
+        tarfile.open(fileobj=raw, mode="r:") as file,
+    ):
         for info in file:
             key, _, kind = info.name.partition(".")
             content = bytes(read_range(tar, info.offset_data, info.size))
             rows.setdefault(key, {})[kind] = [info.offset_data, info.size, hash_of(content)]
             quick.append(xxh3_128_hexdigest(content))
-        body = {"format": FORMAT, "bytes": tar.stat().st_size, "samples": [*rows.items()]}
+        body = {"format": FORMAT, "bytes": sizes(tar.parent)[tar.name], "samples": [*rows.items()]}
         yield from map(to_json, ({**body, "quick": quick}, body))
 
 
-def _best_index(tar: Path) -> tuple[Index | None, str]:
+def _best_index(tar: Place) -> tuple[Index | None, str]:
     """An index that may be damaged, with its hash: a row whose content has the hash it names is good all the same."""
     with suppress(DataError):
         content = read_bytes(index_path(tar))
@@ -173,17 +181,17 @@ def _best_index(tar: Path) -> tuple[Index | None, str]:
 # ------------------------------------------------------------------------------------------------------ samples
 
 
-def _salvage(folder: Path, meta: SetMeta, shard: ShardInfo, known: Iterable[Problem]) -> Salvage:
+def _salvage(folder: Place, meta: SetMeta, shard: ShardInfo, known: Iterable[Problem]) -> Salvage:
     """Read a damaged shard once more, for what is good in it."""
     tar = folder / shard.name
     index, digest = _best_index(tar)
     if index is None:
         lost = Problem("index", f"{index_path(tar)}: neither it nor the tar says what was in the shard", shard.name)
         return Salvage(shard, None, dict.fromkeys(range(-shard.samples, 0), lost))
-    if not tar.exists():
+    if (size := sizes(folder).get(tar.name)) is None:
         gone = {row: Problem("shard", f"{tar}: is missing", shard.name, k, row) for row, k in enumerate(index.keys)}
         return Salvage(shard, index, gone)
-    alone = replace(shard, samples=len(index), bytes=(size := tar.stat().st_size), index=digest)
+    alone = replace(shard, samples=len(index), bytes=size, index=digest)
     found = [p for _, problems in check_samples(ShardSet(folder, meta, [alone])) for p in problems]
     found += [p for p in known if p.kind == "decode" and p.shard == shard.name]
     bad = {p.row: p for p in found if p.row >= 0 and p.kind != "tar structure"}
@@ -191,7 +199,7 @@ def _salvage(folder: Path, meta: SetMeta, shard: ShardInfo, known: Iterable[Prob
 
 
 def _keep_one_of_each(
-    folder: Path, shards: Sequence[ShardInfo], salvages: Sequence[Salvage], known: Iterable[Problem]
+    folder: Place, shards: Sequence[ShardInfo], salvages: Sequence[Salvage], known: Iterable[Problem]
 ) -> None:
     """Of samples with one key the first good one stays."""
     doubled = {p.key: p for p in known if p.kind == "double key"}
@@ -209,7 +217,7 @@ def _keep_one_of_each(
 # ------------------------------------------------------------------------------------------------------ writing
 
 
-def _mend(folder: Path, meta: SetMeta, salvage: Salvage) -> list[str]:
+def _mend(folder: Place, meta: SetMeta, salvage: Salvage) -> list[str]:
     """Write what is good and set the damaged files aside; names of files whose bytes are the old ones again."""
     tar = folder / salvage.shard.name
     if salvage.bad:
@@ -220,14 +228,24 @@ def _mend(folder: Path, meta: SetMeta, salvage: Salvage) -> list[str]:
         return []
     _set_aside(tar, keep=True)
     index = read_bytes(index_path(tar))
-    write_shard(tar, _packed(folder, meta, salvage))
+    _write_again(tar, _packed(folder, meta, salvage))
     write_atomically(index_path(tar), index)  # that of an older writer says less
     return [tar.name]
 
 
-def _write_kept(folder: Path, meta: SetMeta, salvage: Salvage) -> None:
+def _write_again(tar: Place, samples: Iterable[tuple[str, str, Mapping[str, bytes]]]) -> None:
+    """In the place of the damaged one, at once; a store that writes over nothing by itself is told to."""
+    write_shard(local := scratch(tar.parent) / tar.name, samples)
+    if is_remote(tar):
+        with reaching(tar, "written"):
+            system(tar).put_file(str(local), tar.path)
+        for path in (local, index_path(local), local.with_name(f"{local.stem}_stats.json")):
+            path.unlink()
+
+
+def _write_kept(folder: Place, meta: SetMeta, salvage: Salvage) -> None:
     """In a set that `rollout` fills every shard has its name, so samples wait as units for those that are missing."""
-    if (folder / "triplets.json").exists():
+    if exists(folder / "triplets.json"):
         from data_tools.rollout.spool import Made, give_back  # imports the models, which takes seconds
 
         give_back(folder, salvage.shard.name, (Made(*parts) for parts in _packed(folder, meta, salvage)))
@@ -235,7 +253,7 @@ def _write_kept(folder: Path, meta: SetMeta, salvage: Salvage) -> None:
         write_shard(folder / _free_name(folder, salvage.shard.name), _packed(folder, meta, salvage))
 
 
-def _packed(folder: Path, meta: SetMeta, salvage: Salvage) -> Iterator[tuple[str, str, Mapping[str, bytes]]]:
+def _packed(folder: Place, meta: SetMeta, salvage: Salvage) -> Iterator[tuple[str, str, Mapping[str, bytes]]]:
     """Keys, tasks and members of what is kept, as they lie in the tar; nothing is encoded again."""
     shard = ShardSet(folder, meta, [salvage.shard])
     for row in salvage.kept:
@@ -243,19 +261,18 @@ def _packed(folder: Path, meta: SetMeta, salvage: Salvage) -> Iterator[tuple[str
         yield shard.keys[row], json.loads(members[WORDS])["task"], members
 
 
-def _free_name(folder: Path, name: str) -> str:
+def _free_name(folder: Place, name: str) -> str:
     """A name after all others of its part."""
     part = name.split("-")[0]
-    numbers = [int(p.stem.split("-")[1]) for p in folder.glob(f"{part}-*.tar") if SHARD.fullmatch(p.name)]
+    tars = [n for n in names(folder) if n.startswith(f"{part}-") and SHARD.fullmatch(n)]
+    numbers = [int(n.removesuffix(".tar").split("-")[1]) for n in tars]
     return f"{part}-{max(numbers, default=-1) + 1:06d}.tar"
 
 
-def _set_aside(*files: Path, keep: bool = False) -> None:
+def _set_aside(*files: Place, keep: bool = False) -> None:
     """Move files into ``.damaged``, in this order; with ``keep`` they also stay where they are."""
-    for file in files:
-        if not file.exists():
-            continue
-        aside = file.parent / ASIDE / file.name
-        aside.parent.mkdir(exist_ok=True)
-        aside.unlink(missing_ok=True)
-        (shutil.copyfile if keep else os.replace)(file, aside)
+    for file in (f for f in files if exists(f)):
+        make_folder(file.parent / ASIDE)
+        copy(file, file.parent / ASIDE / file.name)
+        if not keep:
+            remove(file)

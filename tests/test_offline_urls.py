@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from test_rollout import picture, settings
+from test_shards import write
 
 from data_tools import cli, evolve
 from data_tools.evolve import writers
@@ -21,7 +22,7 @@ from data_tools.rollout.spool import Spool
 from v4e import journal
 from v4e.data import disk, places
 from v4e.data.places import exists, names, place, put, put_new, read_bytes, sizes
-from v4e.data.shards import ShardSet
+from v4e.data.shards import Index, ShardSet
 from v4e.errors import DataError
 from v4e.models.vlm import Reply
 
@@ -217,10 +218,12 @@ def test_ranks_of_two_machines_keep_to_their_shares(url, local, monkeypatch, mac
     machine("there")
     rollout(rows, url, settings())
     assert made[2:] == [["t2", "t3"]] and tars(url) == tars(local / "set")
-    lines = [json.loads(line) for line in read_bytes(place(url) / "journal/journal.jsonl").splitlines()]
-    assert lines == journal.read(disk.scratch(place(url)) / "journal")
+    here = disk.scratch(place(url)) / "journal"
+    assert read_bytes(place(url) / "journal/journal.jsonl") == (here / "journal.jsonl").read_bytes()
+    lines = journal.read(here)
     size = sum(n for name, n in sizes(place(url)).items() if name.endswith(".tar"))
-    assert [(line["samples"], line["rejects"]) for line in lines] == [(3, 0), (COUNT, 0)]
+    counts = [(line["samples"], line["rejects"]) for line in lines]
+    assert (3, 0) in counts and counts[-1] == (COUNT, 0)
     assert lines[-1]["packed_bytes"] == size and lines[-1]["packed_seconds"] > 0
 
 
@@ -251,6 +254,53 @@ def test_a_changed_triplet_on_a_store_is_refused_or_done_again(url, local, monke
     rollout(rows, out, settings(changed="reroll"))
     assert made == [["t2", "t3"]] and ShardSet.open(out, verify="index").sample(3).instruction == "make it green"
     assert cli.main(["verify", out]) == 0
+
+
+# ---------------------------------------------------------------------------------------------------- repairing
+
+
+def spoil(folder: Path | str, name: str, at: int) -> None:
+    path = place(folder) / name
+    content = bytearray(read_bytes(path))
+    content[at] ^= 1
+    path.write_bytes(bytes(content))
+
+
+def objects(folder: Path | str) -> dict[str, bytes]:
+    """Every file that a repair may touch."""
+    found = {}
+    for at in (place(folder), place(folder) / ".damaged"):
+        kept = [n for n in names(at) if not n.startswith(".") and not n.endswith("_stats.json")]
+        found |= {f"{at.name * (at.name == '.damaged')}{n}": read_bytes(at / n) for n in kept}
+    return found
+
+
+def test_a_repair_on_a_store_is_that_on_a_disk(url, tmp_path):
+    """A torn header, an index and a sample, each in a shard of its own; then nothing is left to say."""
+    sets = [write(folder, n=12, per_shard=3).folder for folder in (tmp_path / "set", url)]
+    sample = Index(sets[0] / "000-000002.index.json").member(1, "rollout.safetensors")
+    for folder in sets:
+        spoil(folder, "000-000000.tar", 140)
+        spoil(folder, "000-000001.index.json", 200)
+        spoil(folder, "000-000002.tar", sample.offset + 40)
+        assert cli.main(["verify", str(folder), "--repair", "--seal"]) == DataError.exit_code
+        assert cli.main(["verify", str(folder)]) == 0
+    here, there = map(objects, sets)
+    dropped = [json.loads(content.pop("dropped.jsonl")) for content in (here, there)]
+    assert [(d["shard"], d["key"], d["kind"]) for d in dropped] == [("000-000002.tar", "s0007", "hash")] * 2
+    assert there == here and {".damaged000-000000.tar", ".damaged000-000002.tar"} <= here.keys()
+    assert len(ShardSet.open(url)) == 11 and not exists(place(url) / "000-000002.tar")
+
+
+@pytest.mark.slow
+def test_what_a_repair_dropped_on_a_store_is_rolled_again(url, local, monkeypatch):
+    upload(local / "set", url)
+    member = Index(local / "set/000-000001.index.json").member(0, "encoded.safetensors")
+    spoil(url, "000-000001.tar", member.offset + 99)
+    assert cli.main(["verify", url, "--repair", "--most-dropped", "0.5"]) == DataError.exit_code
+    made = worked_on(monkeypatch)
+    rollout(read_triplets(local / "edits"), url, settings())
+    assert made == [["t2", "t3"]] and tars(url) == tars(local / "set")
 
 
 # --------------------------------------------------------------------------------------------------- evolving on S3

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TypeVar, cast
+from typing import IO, TypeVar
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from xxhash import xxh3_128_hexdigest
 
 from data_tools.ingest.pictures import Rejected, Size, decode, fit_to
 from v4e.data.disk import TEMPORARY, flush, hash_of, readable, scratch, settle, to_json
-from v4e.data.places import Place, exists, is_remote, place, reaching, read_bytes, shown, system
+from v4e.data.places import Place, exists, is_remote, opened, place, reaching, read_bytes, shown, system
 from v4e.errors import DataError
 from v4e.nouns import Clip
 
@@ -122,8 +122,8 @@ def _lines(folder: str | Place) -> Iterator[tuple[bytes, Place, str]]:
     path = place(folder) / LIST
     if not exists(path):
         raise DataError(f"no {LIST}", where=shown(folder), fix="make it with v4e-shards ingest")
-    with system(path).open(path.path, "rb") if is_remote(path) else open(path, "rb") as file:
-        for number, line in enumerate(cast(Iterable[bytes], file), start=1):
+    with opened(path) as file:
+        for number, line in enumerate(file, start=1):
             yield line, path.parent, f"{shown(path)}, line {number}"
 
 

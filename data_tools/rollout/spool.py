@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -280,7 +279,7 @@ class Spool:
         return None
 
 
-def give_back(folder: Path, shard: str, good: Iterable[Made]) -> None:
+def give_back(folder: Place, shard: str, good: Iterable[Made]) -> None:
     """Take a packed shard apart into its units; those that lack a sample are left out, so that they are made again.
 
     Args:
@@ -292,7 +291,7 @@ def give_back(folder: Path, shard: str, good: Iterable[Made]) -> None:
     ids, batch, size = json.loads(read_bytes(folder / IDS)), *_unit_and_shard(settings)
     first, made = int(shard[4:10]) * size, {m.key: m for m in good}
     rejects = {r.key: r for r in read_rejects(folder / shard)}
-    (folder / UNITS).mkdir(exist_ok=True)
+    make_folder(folder / UNITS)
     for at in range(first, min(first + size, len(ids)), batch):
         keys = ids[at : min(at + batch, first + size)]
         if all(key in made or key in rejects for key in keys):
