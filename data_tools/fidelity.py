@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import WanImageToVideoPipeline, WanTransformer3DModel
@@ -97,14 +98,14 @@ def _digest(x: Tensor) -> str:
 @torch.no_grad()
 def block_loop(trial: Trial) -> Finding:
     """One forward of a random state under random conditions; the models are loaded one after the other."""
-    ours = load_backbone(trial.model, dtype=trial.dtype, attention="native").to(trial.device)
+    ours = load_backbone(trial.model, dtype=trial.dtype, device=trial.device, attention="native")
     x, told = _state(trial, ours), _conditions(trial, ours)
     v = ours(x, torch.full((1,), SIGMA, device=trial.device), told)[0].cpu()
     del ours
     _tidy()
-    stock = WanTransformer3DModel.from_pretrained(
-        locate(trial.model, TRANSFORMER) / "transformer", dtype=trial.dtype
-    ).to(trial.device)
+    home = locate(trial.model, TRANSFORMER) / "transformer"
+    stock: Any = WanTransformer3DModel.from_pretrained(home, dtype=trial.dtype)
+    stock.to(trial.device)
     return _compared("block loop against diffusers' forward", v, _stock_forward(stock, x, told).cpu())
 
 
@@ -162,7 +163,7 @@ def _picture(grid: Grid, seed: int) -> Clip:
 
 def _stock_end(trial: Trial, first: Clip, last: Clip | None) -> Tensor:
     types = {"vae": torch.float32, "image_encoder": torch.float32, "default": trial.dtype}
-    stock = WanImageToVideoPipeline.from_pretrained(trial.model, dtype=types).to(trial.device)
+    stock: Any = WanImageToVideoPipeline.from_pretrained(trial.model, dtype=types).to(trial.device)
     return stock(
         image=as_image(first),
         last_image=None if last is None else as_image(last),
