@@ -18,13 +18,12 @@ from v4e import flow
 from v4e.config import Loop, to_dict
 from v4e.data.places import exists, place
 from v4e.data.shards import ShardSet
-from v4e.dist import Ranks
 from v4e.models.lora import with_adapters
 from v4e.models.original import SIZES, diffusers_config
 from v4e.models.wan import WanBackbone
 from v4e.nouns import TEXT_TOKENS, Grid, Player
 from v4e.train.checkpoint import FILE_BYTES
-from v4e.train.engines import PERSISTENT, accumulation, choose, deepspeed_config
+from v4e.train.engines import BUCKET, GROUP, PERSISTENT, accumulation, choose, piece_of
 from v4e.train.meter import Work
 from v4e.train.optimisers import is_hidden_matrix
 from v4e.train.run import SHARD_BYTES
@@ -34,7 +33,6 @@ R = TypeVar("R", bound=Recipe)
 
 GB = 1e9
 LIVE = 1_050_000_000  # DeepSpeed's stage3_max_live_parameters and a prefetch bucket: elements ZeRO-3 keeps gathered
-GROUP = 1_000_000_000  # DeepSpeed's sub_group_size: elements its optimiser steps at once
 VISION_TOKENS = 257  # of an image, as CLIP ViT-H/14 makes them
 RESERVE = 2.0 * GB  # CUDA's context, NCCL's buffers and kernels' workspaces; assumed
 WASTE = 0.06  # of a card lost to fragmentation; assumed
@@ -231,7 +229,7 @@ def gathered(census: Census, low: int, ranks: int) -> float:
 def update(census: Census, low: int, ranks: int, fused: bool) -> float:
     """Bytes per rank that an optimiser's step needs for a moment: gradients in fp32, and unfused Adam's root."""
     group = census.trained / (ranks if census.stage else 1)
-    group = min(group, GROUP) if census.stage == 3 else group
+    group = min(group, piece_of(3, not fused)) if census.stage == 3 else group
     return group * (4 + (low if fused else 4))
 
 
@@ -364,7 +362,7 @@ def plan(recipe: Recipe, machine: Machine, data: Data) -> Plan:
     parts, main = (_sum(each[i] for each in states) for i in range(2))
     parts["frozen players"] = sum(here["weights"] for here, _ in others)
     main["frozen players"] = sum(away.get("weights", 0.0) for _, away in others)
-    parts["buckets"] = sum(_buckets(p, c, low, loop, machine) for p, c in trained)
+    parts["buckets"] = sum(_buckets(c, low, machine) for _, c in trained)
     flops, received = _work(recipe, trained, frozen, low, data, machine.ranks)
     arithmetic = flops / machine.ranks / (machine.flops * machine.utilisation)
     return Plan(
@@ -486,9 +484,9 @@ def _changes(recipe: Any) -> Iterator[tuple[str, Any]]:
             yield f"loop.{key}={json.dumps(value)}", recipe
 
 
-def _buckets(player: Player, c: Census, low: int, loop: Loop, machine: Machine) -> float:
-    told = deepspeed_config(player, c.stage, loop, Ranks(world=machine.ranks))["zero_optimization"]
-    return buckets(c, low, told["reduce_bucket_size"], machine.fused and c.stage > 1)
+def _buckets(c: Census, low: int, machine: Machine) -> float:
+    size = min(BUCKET, piece_of(c.stage, not machine.fused))
+    return buckets(c, low, size, machine.fused and c.stage > 1)
 
 
 def _stepping(c: Census, low: int, loop: Loop, machine: Machine) -> float:

@@ -55,21 +55,31 @@ class Bench:
 
 
 BENCHES = {
-    "rolling": Bench(130, {"steps": 8, "rounds": 1}),
-    "editing": Bench(240, {"turns": 1, "edits": 1, "video_steps": 4}),
-    "training": Bench(240, {"blocks": 1}),
+    "rolling": Bench(150, {"steps": 8, "rounds": 1}),
+    "editing": Bench(420, {"turns": 1, "edits": 1, "video_steps": 4}),
+    "training": Bench(250, {"blocks": 1}),
     "feeding": Bench(60, {"steps": 30}),
-    "lasting": Bench(120, {"steps": 100}),
+    "lasting": Bench(200, {"steps": 100}),
     "ingesting": Bench(150, {"edits": 12, "turns": 1}),
-    "reading": Bench(60, {"samples": 200, "rounds": 1}),
+    "reading": Bench(150, {"samples": 200, "rounds": 1, "largest": 10_000, "steps": 100}),
 }
 FIGURES = {
     "rollout_speedup": Figure("roll-outs a second, against a loop over the stock pipeline", low=4),
     "rollout_dit_share": Figure("share of a roll-out's time inside the DiT's forward", low=0.85),
+    "rollout_speedup_32": Figure("the speed-up at 32 x 32 pixels, 48 tokens"),
+    "rollout_dit_share_32": Figure("the share there"),
     "edit_speedup_same_grid": Figure("denoising of a 4-step edit against 50 guided steps, both of 5 frames", low=24),
     "edit_speedup_81_frames": Figure("the same against 50 guided steps of 81 frames", low=255),
     "edit_end_to_end_same_grid": Figure("the same as `edit_speedup_same_grid`, from file to file"),
     "edit_end_to_end_81_frames": Figure("the same as `edit_speedup_81_frames`, from file to file"),
+    "edit_ms_total": Figure("milliseconds of that edit from file to file, of which"),
+    "edit_ms_files": Figure("... reading the photograph, scaling the result up, writing it"),
+    "edit_ms_text": Figure("... the text encoder"),
+    "edit_ms_look": Figure("... the image encoder"),
+    "edit_ms_encode": Figure("... the VAE's encoder"),
+    "edit_ms_denoise": Figure("... the DiT and the solver"),
+    "edit_ms_decode": Figure("... the VAE's decoder"),
+    "edit_ms_model": Figure("... all else of the pipeline"),
     "loop_overhead": Figure("a training step without ZeRO against a bare PyTorch loop's, processor time", high=1.05),
     "loop_overhead_wall": Figure("the same by the clock"),
     "zero3_overhead": Figure("the same under ZeRO-3, of a Wan of 112M parameters, processor time", high=1.15),
@@ -80,6 +90,11 @@ FIGURES = {
     "ingest_ratio_wall": Figure("the same by the clock"),
     "read_ratio": Figure("shards to training batches against a raw read and parsing, cold cache", low=0.8),
     "read_ratio_warm": Figure("the same from a warm cache"),
+    "open_s": Figure("processor seconds to open a set of 1,000,000 samples in 10,000 shards", high=2),
+    "permute_s": Figure("... to put an epoch of it in order"),
+    "seek_us": Figure("... and microseconds to find any sample of that order"),
+    "read_peak_growth": Figure("peak memory of reading a set of 100,000 samples over that of 1,000", high=1.1),
+    "loader_memory_slope": Figure("MB that reading and batching grow by in 1,000 steps, over 2,000", high=1),
 }
 Found = Mapping[str, float | list[float]]
 

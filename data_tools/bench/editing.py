@@ -25,9 +25,9 @@ from v4e.journal import progress
 from v4e.studio import Studio, write
 
 STUDENT = Path(v4e.__file__).parent / "assets/wan-nano/student"
-# 200 tokens of 5 frames, 2100 of 81. At its own 64 x 64 the DiT would do little but attend to the prompt's padding,
-# 512 tokens, which is a sixth of what a real edit at 480P attends to.
-SIDE, EDIT_FRAMES, VIDEO_FRAMES = 80, 5, 81
+# 288 tokens of 5 frames, 3024 of 81. At its own 64 x 64 the nano DiT would mostly be busy with the 512 tokens to which
+# a prompt is padded; of a real edit at 480P they are a seventh of all.
+SIDE, EDIT_FRAMES, VIDEO_FRAMES = 96, 5, 81
 STEPS, MANY_STEPS, GUIDANCE = 4, 50, 5.0  # the latter two are stock's defaults
 PHOTO = 640, 480
 WORDS = "make the sky red"

@@ -24,7 +24,7 @@ def measure(steps: int = 2000) -> dict[str, float]:
         init = shaped(folder / "tiny", TINY)
         data = encoded(folder, 256)
         task = recipe(init, folder / "run", data, batch=2, steps=WARM_UP + steps, log_every=10)
-        loop = replace(task.loop, ema=0.99, save_every=1000)
+        loop = replace(task.loop, ema=0.99, save_every=250)
         watched = Watched(Stream(data, seed=0, batch=loop.batch, micro_batch=loop.micro_batch))
         train_recipe(replace(task, zero_stage=3, fresh=True, loop=loop), lambda rank, world: watched)
     return {"memory_slope": watched.slope()}

@@ -48,7 +48,7 @@ def measure(blocks: int = 8) -> dict[str, list[float]]:
         folder = Path(name)
         data = encoded(folder, 64)
         nano = recipe(NANO, folder / "nano", data, batch=8, steps=10 * (blocks + 1) + 1, log_every=10)
-        wide = recipe(shaped(folder / "wide", WIDE), folder / "zero3", data, batch=4, steps=blocks + 3, log_every=1)
+        wide = recipe(shaped(folder / "wide", WIDE), folder / "zero3", data, batch=8, steps=blocks + 1, log_every=1)
         found = _overhead("loop_overhead", replace(nano, zero_stage=0))
         return found | _overhead("zero3_overhead", replace(wide, zero_stage=3, fresh=True))
 

@@ -31,6 +31,8 @@ from v4e.train.possible import refuse
 from v4e.verbs import Backbone
 
 BUCKET = 50_000_000  # elements reduced or gathered at once; a 4M model fits into one
+GROUP = 1_000_000_000  # elements ZeRO-3 steps at once
+PIECE = 8_000_000  # both on a CPU: what is larger than 32 MB, malloc takes anew from the system, page by page
 PERSISTENT = 100_000  # ZeRO-3 leaves parameters below this many elements whole: norms, biases, tables
 
 
@@ -242,12 +244,14 @@ def accumulation(loop: Loop, world: int) -> int:
 def deepspeed_config(player: Player, stage: int, loop: Loop, ranks: Ranks) -> dict[str, Any]:
     """All that DeepSpeed is told, in one place."""
     on_cpu = ranks.device.type == "cpu"
+    piece = piece_of(stage, on_cpu)
     zero = {
         "stage": stage,
         "overlap_comm": not on_cpu and stage > 1,  # gloo has no streams to overlap
         "contiguous_gradients": not on_cpu or stage == 3,
         "reduce_scatter": player.optim.name != "muon",  # Muon needs whole gradients
-        "reduce_bucket_size": BUCKET,
+        "reduce_bucket_size": min(piece, BUCKET),
+        "sub_group_size": piece,
         "allgather_bucket_size": BUCKET,
         "stage3_param_persistence_threshold": PERSISTENT,
         **_offload(player, loop.offload),
@@ -263,6 +267,11 @@ def deepspeed_config(player: Player, stage: int, loop: Loop, ranks: Ranks) -> di
         "steps_per_print": None,
         "wall_clock_breakdown": False,
     }
+
+
+def piece_of(stage: int, on_cpu: bool) -> int:
+    """Elements that ZeRO-3 steps at once."""
+    return PIECE if on_cpu and stage == 3 else GROUP
 
 
 def _offload(player: Player, away: Offload) -> dict[str, Any]:
