@@ -10,10 +10,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
-from test_shards import ShardSet, flip, write
+from test_shards import ShardSet, flip, run_python, write
 from test_storage import KEYS
 
+from data_tools.bench.reading import resident
 from v4e.config import Loop, Share
 from v4e.data.cache import Ahead, Remote, ShardCache
 from v4e.data.index import Index, index_path
@@ -392,6 +394,40 @@ def test_a_store_that_fails_for_a_moment_loses_no_sample_without_a_cache(url, se
     (piece,) = stream.step(0)
     stream.close()
     assert set(piece.weights) == {1.0} and not stream.quarantined
+
+
+SERVER = """
+    import signal
+    from moto.server import ThreadedMotoServer
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    print(server.get_host_and_port()[1], flush=True)
+    signal.pause()
+"""
+
+
+@pytest.mark.slow
+def test_memory_stays_flat_through_a_cache(server, tmp_path, monkeypatch):
+    """Six hundred steps, each of which downloads and evicts; the store is another process."""
+    there = run_python(SERVER)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{there.stdout.readline().strip()}")
+    _connected.cache_clear()
+    system(place("s3://bucket/x")).mkdir("bucket")
+    write("s3://bucket/set", n=N, per_shard=EACH)
+    stream = Stream(Mixture((opened("s3://bucket/set", tmp_path),), window=2), seed=0, batch=2, micro_batch=2)
+    held = []
+    for step in range(600):
+        (piece,) = stream.step(step)
+        assert piece.weights == (1.0, 1.0)
+        held.append(resident())
+    stream.close()
+    there.kill()
+    there.communicate()
+    _connected.cache_clear()
+    peaks = [max(held[n : n + 50]) for n in range(150, 600, 50)]
+    growth = float(np.polyfit(range(len(peaks)), peaks, 1)[0]) * 20
+    print(f"{growth:.2f} MB in 1,000 steps")
+    assert growth < 1
 
 
 def test_the_sets_of_these_tests_are_of_use(url):
