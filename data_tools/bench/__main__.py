@@ -57,7 +57,7 @@ class Bench:
 BENCHES = {
     "rolling": Bench(150, {"steps": 8, "rounds": 1}),
     "editing": Bench(420, {"turns": 1, "edits": 1, "video_steps": 4}),
-    "training": Bench(250, {"blocks": 1}),
+    "training": Bench(330, {"blocks": 4}),
     "feeding": Bench(60, {"steps": 30}),
     "lasting": Bench(200, {"steps": 100}),
     "ingesting": Bench(150, {"edits": 12, "turns": 1}),

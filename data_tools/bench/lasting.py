@@ -52,7 +52,8 @@ class Watched:
 
     def slope(self) -> float:
         """MB in 1,000 steps, by least squares."""
-        return 1000 * float(np.polyfit(*zip(*self.sizes, strict=True), 1)[0])
+        steps, sizes = np.array(self.sizes).T
+        return 1000 * float(np.polyfit(steps, sizes, 1)[0])
 
 
 def _resident() -> float:

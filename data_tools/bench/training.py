@@ -38,7 +38,7 @@ def measure(blocks: int = 8) -> dict[str, list[float]]:
     """``loop_overhead`` and ``zero3_overhead`` of processor time, and by the clock (``_wall``).
 
     Args:
-        blocks: ratios of each, of as many steps as lie between two lines of the journal.
+        blocks: ratios of the first, of ten steps each; the second, whose steps are long, has one of each of fewer steps.
 
     Raises:
         AssertionError: the two loops end with different weights.
@@ -48,7 +48,7 @@ def measure(blocks: int = 8) -> dict[str, list[float]]:
         folder = Path(name)
         data = encoded(folder, 64)
         nano = recipe(NANO, folder / "nano", data, batch=8, steps=10 * (blocks + 1) + 1, log_every=10)
-        wide = recipe(shaped(folder / "wide", WIDE), folder / "zero3", data, batch=8, steps=blocks + 1, log_every=1)
+        wide = recipe(shaped(folder / "wide", WIDE), folder / "zero3", data, batch=16, steps=blocks - 1, log_every=1)
         found = _overhead("loop_overhead", replace(nano, zero_stage=0))
         return found | _overhead("zero3_overhead", replace(wide, zero_stage=3, fresh=True))
 
@@ -160,7 +160,7 @@ class Turns:
         """Ours over the bare loop's, of as many steps at a time as the journal sums up; the first time is a warm-up."""
         size, steps = self.task.loop.log_every, len(self.ours)
         pairs = [(self.ours[i : i + size], self.plain[i : i + size]) for i in range(size, steps - size + 1, size)]
-        return [float(sum(ours)[clock] / sum(plain)[clock]) for ours, plain in pairs]
+        return [float(np.sum(ours, 0)[clock] / np.sum(plain, 0)[clock]) for ours, plain in pairs]
 
     def _bare_step(self, slices: list[Slice]) -> np.ndarray:
         (piece,) = slices
