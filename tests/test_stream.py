@@ -172,7 +172,7 @@ def test_the_cache_keeps_what_fits(shards, monkeypatch):
     reads: Counter[int] = Counter()
     read = ShardSet.sample
     monkeypatch.setattr(
-        ShardSet, "sample", lambda self, i, pictures=False: reads.update([i]) or read(self, i, pictures)
+        ShardSet, "sample", lambda self, i, *words, **more: reads.update([i]) or read(self, i, *words, **more)
     )
     for cache, expected in ((10**9, 1), (0, 3)):
         reads.clear()

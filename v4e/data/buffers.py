@@ -23,7 +23,7 @@ def take(size: int) -> memoryview:
         block = mmap.mmap(-1, rounded, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     content = np.frombuffer(block, np.uint8)[:size]
     weakref.finalize(content, free.append, block).atexit = False
-    return memoryview(content)
+    return content.data
 
 
 def _rounded(size: int) -> int:

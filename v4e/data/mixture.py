@@ -100,6 +100,11 @@ class Mixture:
         return list(found.values())
 
     @property
+    def cache(self) -> ShardCache | None:
+        """Where shards are downloaded to."""
+        return next((s.cache for s in self.sets if s.cache), None)
+
+    @property
     def identity(self) -> str:
         """What a checkpoint should remember: changes when any byte of a set does, or the order of samples."""
         names = [s.identity for s in self.sets]
@@ -115,10 +120,8 @@ class Mixture:
         Raises:
             ConfigError: nearly every sample would cost the download of a shard.
         """
-        cached = [s for s in self.sets if s.cache]
-        if not cached or not cached[0].cache:
-            return
-        room, wanted = cached[0].cache.room, sum(_room(s, self.window) for s in cached)
+        cached, room = [s for s in self.sets if s.cache], self.cache.room if self.cache else 0
+        wanted = sum(_room(s, self.window) for s in cached)
         if wanted > room:
             most = max(len(s.shards) for s in cached)
             fits = next((w for w in range(most, 0, -1) if sum(_room(s, w) for s in cached) <= room), 0)

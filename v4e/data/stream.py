@@ -115,8 +115,8 @@ class Stream:
 
     def _look_ahead(self) -> Ahead | None:
         """What asks for the shards of sets that are downloaded."""
-        cached = [s for s in self.mixture.sets if s.cache]
-        return Ahead(cached[0].cache, self._needed, sum(len(s.shards) for s in cached)) if cached else None
+        every = sum(len(s.shards) for s in self.mixture.sets if s.cache)
+        return Ahead(self.mixture.cache, self._needed, every) if self.mixture.cache else None
 
     def _needed(self, step: int) -> Iterator[Remote]:
         """The shards to download for this rank's samples of a step."""
