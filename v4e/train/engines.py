@@ -26,7 +26,7 @@ from v4e.dist import Ranks
 from v4e.errors import CheckpointError, ConfigError
 from v4e.models.lora import alone, merge, with_adapters
 from v4e.nouns import Player
-from v4e.train.optimisers import groups, maker
+from v4e.train.optimisers import align_for_disk, groups, maker
 from v4e.train.possible import refuse
 from v4e.verbs import Backbone
 
@@ -412,6 +412,8 @@ def _trained(
 ) -> DeepSpeedEngine:
     choose(module, loop.train)
     found = groups(module.train(), player.optim)
+    if loop.offload.optimizer == "nvme":
+        align_for_disk(found)
     clip = loop.clip if stage == 0 and loop.precision == "fp32" else None
     make = maker(player.optim, ranks, clip, loop.offload.optimizer != "none")
     engine = _initialize(model=module, model_parameters=found, optimizer=make, config=config)

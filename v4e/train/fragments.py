@@ -19,7 +19,7 @@ from torch import Tensor
 from v4e.dist import Ranks
 from v4e.errors import CheckpointError
 from v4e.train.engines import Role, optimizer_of
-from v4e.train.optimisers import is_fused
+from v4e.train.optimisers import is_fused, recount
 
 MASTER, AVERAGE, MOMENTUM = "master", "average", "momentum_buffer"  # kinds of values; the optimiser names its own
 NUMBER = "#"  # begins a kind of which a parameter has one, such as Adam's count of steps
@@ -95,6 +95,7 @@ def restore(role: Role, average: Sequence[Tensor], archive: "Archive", ranks: Ra
             else:
                 found = {k.removeprefix(NUMBER): _restored(role, k, master, pieces, archive) for k in kept}
             role.inner().state[master].update(found)
+    recount(role.inner())
     role.refresh()
 
 

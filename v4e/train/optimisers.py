@@ -15,6 +15,10 @@ from v4e.errors import ConfigError
 from v4e.nouns import Optim
 
 MOMENTUM = 0.95  # Muon's
+ALIGNED, SMALL = (
+    256,
+    1024**2 // 4,
+)  # elements in fp32: what DeepSpeed reads from a disk in units of, and leaves in memory
 Make = Callable[[list], torch.optim.Optimizer]
 
 
@@ -37,6 +41,21 @@ def _group(params: list[nn.Parameter], muon: bool, optim: Optim, decays: bool) -
     if muon:
         return {**shared, "use_muon": True, "lr": optim.muon_lr, "momentum": MOMENTUM}
     return {**shared, "use_muon": False, "lr": optim.lr, "betas": tuple(optim.betas), "eps": optim.eps}
+
+
+def align_for_disk(found: list[dict[str, Any]]) -> None:
+    """Sort groups so that DeepSpeed brings gradients back from a disk to where they came from.
+
+    It mixes up those that do not begin at a multiple of ALIGNED elements; small ones never leave memory.
+
+    Raises:
+        ConfigError: the share of a parameter that is not small ends in between.
+    """
+    for group in found:
+        group["params"].sort(key=lambda p: p.partition_numel() % ALIGNED != 0)
+        if odd := [n for p in group["params"] if (n := p.partition_numel()) % ALIGNED and n >= SMALL]:
+            what = f"a rank's share of a parameter is {odd[0]} elements, no multiple of {ALIGNED}"
+            raise ConfigError(what, where="loop.offload.optimizer", fix="use cpu, or another number of ranks")
 
 
 def is_hidden_matrix(name: str, dimensions: int) -> bool:
@@ -68,6 +87,19 @@ def _adamw(found: list, ranks: Ranks, guarded: bool) -> torch.optim.Optimizer:
 
 def _cpu_adamw(found: list) -> torch.optim.Optimizer:
     return DeepSpeedCPUAdam(_plain(found))
+
+
+def recount(optimizer: torch.optim.Optimizer) -> None:
+    """Bring what DeepSpeed's AdamW for CPUs keeps outside its state to where the state is.
+
+    It multiplies its powers of the betas up from step to step; computed at once they differ in the last bits.
+    """
+    if not isinstance(optimizer, DeepSpeedCPUAdam):
+        return
+    p, g, m, v = torch.zeros(4, 1)
+    beta1, beta2 = optimizer.param_groups[0]["betas"]
+    for step in range(1, 1 + max((state.get("step", 0) for state in optimizer.state.values()), default=0)):
+        optimizer.ds_opt_adam.adam_update(optimizer.opt_id, step, 0.0, beta1, beta2, 1.0, 0.0, True, p, g, m, v)
 
 
 def _adamw8bit(found: list, ranks: Ranks, guarded: bool) -> torch.optim.Optimizer:
