@@ -38,7 +38,7 @@ def measure(blocks: int = 8) -> dict[str, list[float]]:
     """``loop_overhead`` and ``zero3_overhead`` of processor time, and by the clock (``_wall``).
 
     Args:
-        blocks: ratios of the first, of ten steps each; the second, whose steps are long, has one of each of fewer steps.
+        blocks: ratios of the first, of ten steps each; of the second, whose steps are long, three fewer of one each.
 
     Raises:
         AssertionError: the two loops end with different weights.
