@@ -1,5 +1,6 @@
 """Shards of a store on this disk: never more than the room, whoever shares the folder, is killed or does not answer."""
 
+import fcntl
 import os
 import signal
 import threading
@@ -12,21 +13,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from stores import bucket, moto
 from test_shards import ShardSet, flip, run_python, write
-from test_storage import KEYS
 
 from data_tools.bench.reading import resident
 from v4e.config import Loop, Share
 from v4e.data.cache import Ahead, Remote, ShardCache
 from v4e.data.index import Index, index_path
 from v4e.data.mixture import Mixture, Order
-from v4e.data.places import _connected, patiently, place, read_bytes, system
+from v4e.data.places import patiently, place, read_bytes, system
 from v4e.data.stream import Stream
 from v4e.errors import ConfigError, DataError
 
-moto = pytest.importorskip("moto.server")
 serving = pytest.importorskip("werkzeug.serving")
-pytest.importorskip("s3fs")
 N, EACH = 18, 2  # samples, and of a shard
 QUICK = (0.01, 0.01, 0.01)  # pauses
 Answer = Iterator[bytes] | list[bytes]
@@ -77,15 +76,9 @@ def server() -> Iterator[Faulty]:
     app = Faulty()
     made = serving.make_server("127.0.0.1", 0, app, threaded=True, request_handler=moto.MotoRequestHandler)
     threading.Thread(target=made.serve_forever, daemon=True).start()
-    with pytest.MonkeyPatch.context() as patch:
-        words = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{made.server_port}", "AWS_MAX_ATTEMPTS": "1"}
-        for name, value in {**KEYS, **words}.items():
-            patch.setenv(name, value)
-        _connected.cache_clear()  # that of another server
-        system(place("s3://bucket/x")).mkdir("bucket")
+    with bucket(made.server_port, AWS_MAX_ATTEMPTS="1"):
         yield app
     made.shutdown()
-    _connected.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -107,14 +100,10 @@ def opened(url: str, folder: Path, shards: float = 4, pauses: tuple[float, ...] 
 
 
 def taken(folder: Path) -> int:
-    """Bytes of copies and claims, as another process may see them at any time."""
-    sizes = []
-    for path in folder.glob("*.*"):
-        try:
-            sizes.append(path.stat().st_size if path.suffix in (".tar", ".claim") else 0)
-        except FileNotFoundError:
-            sizes.append(0)
-    return sum(sizes)
+    """Bytes of copies and claims between two changes, of which each removes or adds more than one file."""
+    with open(folder / ".lock", "ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return sum(path.stat().st_size for path in folder.glob("*.*") if path.suffix in (".tar", ".claim"))
 
 
 @pytest.fixture
@@ -124,7 +113,8 @@ def watched(tmp_path) -> Iterator[list[int]]:
 
     def watch() -> None:
         while not over.wait(0.002):
-            seen.append(taken(tmp_path / "cache"))
+            if (tmp_path / "cache").exists():
+                seen.append(taken(tmp_path / "cache"))
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -411,20 +401,17 @@ SERVER = """
 def test_memory_stays_flat_through_a_cache(server, tmp_path, monkeypatch):
     """Two thousand steps, each of which downloads and evicts; the store is another process."""
     there = run_python(SERVER)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{there.stdout.readline().strip()}")
-    _connected.cache_clear()
-    system(place("s3://bucket/x")).mkdir("bucket")
-    write("s3://bucket/set", n=N, per_shard=EACH)
-    stream = Stream(Mixture((opened("s3://bucket/set", tmp_path),), window=2), seed=0, batch=2, micro_batch=2)
-    held = []
-    for step in range(2000):
-        (piece,) = stream.step(step)
-        assert piece.weights == (1.0, 1.0)
-        held.append(resident())
-    stream.close()
+    with bucket(int(there.stdout.readline())):
+        write("s3://bucket/set", n=N, per_shard=EACH)
+        stream = Stream(Mixture((opened("s3://bucket/set", tmp_path),), window=2), seed=0, batch=2, micro_batch=2)
+        held = []
+        for step in range(2000):
+            (piece,) = stream.step(step)
+            assert piece.weights == (1.0, 1.0)
+            held.append(resident())
+        stream.close()
     there.kill()
     there.communicate()
-    _connected.cache_clear()
     peaks = [max(held[n : n + 50]) for n in range(500, 2000, 50)]
     growth = float(np.polyfit(range(len(peaks)), peaks, 1)[0]) * 20
     print(f"{growth:.2f} MB in 1,000 steps")

@@ -147,7 +147,7 @@ def test_the_launchers_argument_comes_first():
 def test_a_training_leaves_its_process_group_to_the_next(tmp_path, monkeypatch):
     """DeepSpeed hands the groups it made to the next engine of this process: they must live as long as it does."""
     monkeypatch.setattr("v4e.train.run.train_recipe", lambda *_, **__: None)
-    monkeypatch.setattr("v4e.data.shards.ShardSet.open", lambda *_, **__: SimpleNamespace(identity=""))
+    monkeypatch.setattr("v4e.data.mixture.Mixture.of", lambda *_, **__: SimpleNamespace(identity=""))
     (tmp_path / "c.yaml").write_text("recipe: flow_matching\nloop: {threads: 1}\n")
     assert cli.main(["train", str(tmp_path / "c.yaml")]) == 0
     assert torch_dist.is_initialized()

@@ -5,13 +5,16 @@ import multiprocessing
 import os
 import signal
 import tempfile
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from fsspec.implementations.memory import MemoryFileSystem
 from test_rollout import picture, settings
 from test_shards import write
+from test_storage import s3  # noqa: F401  (a fixture)
 
 from data_tools import cli, evolve
 from data_tools.evolve import writers
@@ -26,9 +29,6 @@ from v4e.data.shards import Index, ShardSet
 from v4e.errors import DataError
 from v4e.models.vlm import Reply
 
-pytest.importorskip("moto.server")
-from test_storage import s3  # noqa: E402, F401  (a fixture; the module needs moto)
-
 FORK = multiprocessing.get_context("fork")
 COUNT = 5
 
@@ -36,6 +36,15 @@ COUNT = 5
 @pytest.fixture
 def url(s3, request) -> str:  # noqa: F811
     return f"{s3}/{request.node.name}".replace("[", "-").replace("]", "")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """OpenMP's threads do not live through the fork of a rank, which would wait for them for ever."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)
@@ -193,7 +202,7 @@ def test_sigkill_in_a_rollout_to_s3(url, local, monkeypatch, machine, unit, step
     """One batch is lost and no other; another machine, which has nothing but the store, goes on to the same bytes."""
     rows = read_triplets(local / "edits")
     listen, say = FORK.Pipe()
-    rank = FORK.Process(target=stuck, args=(rows, url, unit, step, say))
+    rank = FORK.Process(target=stuck, args=(rows, url, unit, step, say), daemon=True)
     rank.start()
     assert listen.poll(120) and listen.recv() == "stuck"
     os.kill(rank.pid, signal.SIGKILL)

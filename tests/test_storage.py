@@ -11,6 +11,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from stores import KEYS, bucket, moto
 from test_shards import META, contents, make_sample, run_python, same, write
 
 from data_tools.merge import merge
@@ -21,22 +22,14 @@ from v4e.data.shards import SetMeta, ShardSet, ShardWriter, finish
 from v4e.data.stream import Stream
 from v4e.errors import DataError
 
-moto = pytest.importorskip("moto.server")
-pytest.importorskip("s3fs")
-KEYS = {"AWS_ACCESS_KEY_ID": "AKIAtests", "AWS_SECRET_ACCESS_KEY": "hush-hush", "AWS_DEFAULT_REGION": "us-east-1"}
-
 
 @pytest.fixture(scope="module")
 def s3() -> Iterator[str]:
     """A bucket on a moto server; every process that inherits the environment reaches it."""
     server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {**KEYS, "AWS_ENDPOINT_URL": f"http://{host}:{port}"}.items():
-            patch.setenv(name, value)
-        system(place("s3://bucket/x")).mkdir("bucket")
-        yield "s3://bucket"
+    with bucket(server.get_host_and_port()[1]) as url:
+        yield url
     server.stop()
 
 
