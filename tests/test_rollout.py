@@ -10,6 +10,8 @@ import os
 import shutil
 import subprocess
 import sys
+import tracemalloc
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,10 +25,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data_tools import rollout as room
-from data_tools.ingest import Triplet, ingest, read_triplets
+from data_tools.ingest import Listed, Triplet, ingest, iterate, read_triplets, write_triplets
 from data_tools.rollout import Evolving, RolloutConfig, Worker, pack_clips, rollout
 from data_tools.rollout.encode import RolloutCodec
-from data_tools.rollout.plan import Plan
+from data_tools.rollout.plan import Chosen, Plan
+from data_tools.rollout.run import by_size
 from data_tools.rollout.spool import Spool
 from v4e import dist, flow, journal
 from v4e.config import Wandb
@@ -563,6 +566,55 @@ def test_remembering_changes_no_bit():
         plain = [backbone(x, sigma, told)[0] for sigma in levels]
         with backbone.remembering():
             assert all(torch.equal(backbone(x, sigma, told)[0], v) for sigma, v in zip(levels, plain, strict=True))
+
+
+# ---------------------------------------------------------------------------------------------- what is in memory
+
+
+def test_a_list_is_read_line_by_line_where_it_is_needed(triplets, tmp_path):
+    folder = shutil.copytree(triplets, tmp_path / "in")
+    listed, rows = Listed(folder), [*iterate(folder)]
+    assert [*listed] == rows and listed[1:4] == rows[1:4] and listed[-1] == rows[-1] and len(listed) == COUNT
+    assert [*Chosen(listed, [3, 0])] == [rows[3], rows[0]] and Chosen(listed, [3, 0])[1:] == [rows[0]]
+    with pytest.raises(IndexError):
+        listed[COUNT]
+    write_triplets(folder, [replace(row, instruction="another") for row in reversed(rows)])
+    assert listed[2] == rows[2]  # that of the list as it was
+    write_triplets(folder, [*rows, rows[1], rows[0]])
+    with pytest.raises(DataError, match=r"triplets\.jsonl, line 6: an earlier line has the id 't1' too"):
+        Listed(folder)
+
+
+def test_a_triplet_of_a_roll_out_takes_some_bytes_and_not_its_line(triplets, whole, tmp_path):
+    """At their most, while the list is held against the folder's; a triplet itself is 2.5 kB."""
+    row, most = next(iterate(triplets)), []
+    (tmp_path / "in").mkdir()
+    for count in (100, 1100):
+        write_triplets(tmp_path / "in", (replace(row, id=f"t{n}") for n in range(count)))
+        tracemalloc.start()
+        ((_, chosen),) = by_size(Listed(tmp_path / "in"), settings()).items()
+        spool = Spool(tmp_path / f"set{count}", Plan(chosen, 1, 4), read_manifest(whole)[0], torch.float32)
+        assert len([*spool.missing()]) == len(spool.plan.triplets) == count
+        most.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        spool.claims.close()
+    assert most[1] - most[0] < 200 * 1000
+
+
+def test_packing_holds_one_unit_at_a_time(triplets, tmp_path, monkeypatch):
+    """Of a shard of five: the one that is written, and the next one, which is being read."""
+    outcome, held, alive = Spool.outcome, [], []
+
+    def noted(self, unit):
+        held.append(weakref.ref(found := outcome(self, unit)))
+        alive.append(sum(ref() is not None for ref in held))
+        return found
+
+    monkeypatch.setattr(Spool, "outcome", noted)
+    rollout(read_triplets(triplets), tmp_path / "set", settings(batch=1, samples_per_shard=COUNT))
+    assert len(alive) == COUNT and max(alive) <= 2
+    sheet = json.loads((tmp_path / "set/000-000000_stats.json").read_text())
+    assert sheet["samples"] == COUNT
 
 
 # ------------------------------------------------------------------------------------------------ sizes, ranks

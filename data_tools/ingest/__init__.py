@@ -8,12 +8,12 @@ scaled to. Run again, it reads only what is new, changed or was rejected.
 import argparse
 
 from data_tools.ingest.layouts import NAMED, Layout, layout_of
+from data_tools.ingest.listed import Listed, read_triplets
 from data_tools.ingest.pictures import MAX_PIXELS, Rejected, Size, buckets
 from data_tools.ingest.sources import count
 from data_tools.ingest.triplets import (
     Triplet,
     iterate,
-    read_triplets,
     verify_triplets,
     write_triplets,
 )
@@ -23,6 +23,7 @@ from v4e.journal import progress
 
 __all__ = [
     "Layout",
+    "Listed",
     "Rejected",
     "Report",
     "Size",

@@ -92,21 +92,6 @@ class Triplet:
         return Clip(torch.from_numpy(pixels).permute(2, 0, 1)[None].contiguous())
 
 
-def read_triplets(folder: str | Place) -> list[Triplet]:
-    """All of :func:`iterate`, in memory.
-
-    Raises:
-        DataError: also when two lines have one id.
-    """
-    triplets, seen = list(iterate(folder)), set[str]()
-    for number, triplet in enumerate(triplets, start=1):
-        if triplet.id in seen:
-            where = f"{shown(place(folder) / LIST)}, line {number}"
-            raise DataError(f"an earlier line has the id {triplet.id!r} too", where=where, fix="run ingest again")
-        seen.add(triplet.id)
-    return triplets
-
-
 def iterate(folder: str | Place) -> Iterator[Triplet]:
     """The triplets of an ingested folder one by one, in the order of their source.
 

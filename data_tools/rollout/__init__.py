@@ -5,7 +5,7 @@ How it is shared and what makes it exact is told in docs/rollout.md.
 
 import argparse
 
-from data_tools.ingest import read_triplets
+from data_tools.ingest import Listed
 from data_tools.rollout.config import NO_TEACHER, TYPES, RolloutConfig
 from data_tools.rollout.encode import TOOL, Evolving, content_hash, pack_clips
 from data_tools.rollout.run import rollout
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     words = [*([f"teacher={args.teacher}"] if args.teacher else []), *words, *_share(args.part)]
     config = settings_of.load(files[0] if files else None, words, lambda _: RolloutConfig, recipe="rollout")
     print(settings_of.to_yaml(config))
-    rollout(read_triplets(args.triplets), args.out, config)
+    rollout(Listed(args.triplets), args.out, config)
     return 0
 
 

@@ -12,12 +12,32 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import overload
 
 from data_tools.ingest import Triplet
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 HELD = (errno.EACCES, errno.EAGAIN)
 SHARDS_FROM, MANIFEST, PROBE = 1 << 40, 1 << 41, (1 << 41) + 1  # bytes of the claims' file that stand for no unit
+
+
+class Chosen(Sequence[Triplet]):
+    """Some of a sequence's triplets by their numbers; it is asked for each when that is needed."""
+
+    def __init__(self, triplets: Sequence[Triplet], numbers: Sequence[int]) -> None:
+        self._triplets, self._numbers = triplets, numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @overload
+    def __getitem__(self, at: int) -> Triplet: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[Triplet]: ...
+    def __getitem__(self, at: int | slice) -> Triplet | list[Triplet]:
+        if isinstance(at, slice):
+            return [self._triplets[number] for number in self._numbers[at]]
+        return self._triplets[self._numbers[at]]
 
 
 @dataclass(frozen=True)
@@ -45,15 +65,19 @@ class Plan:
         """The triplets of a unit; the last one may have fewer."""
         return self.triplets[number * self.batch : (number + 1) * self.batch]
 
+    def size_of(self, number: int) -> int:
+        """How many triplets a unit has."""
+        return min(self.batch, len(self.triplets) - number * self.batch)
+
     def units_of(self, shard: int) -> range:
         return self.units[shard * self.per_shard : (shard + 1) * self.per_shard]
 
     def shard_of(self, unit: int) -> int:
         return unit // self.per_shard
 
-    def share(self, part: int, parts: int) -> list[int]:
-        """Units that are one rank's own: whole shards, so that ranks write to different files."""
-        return [unit for shard in self.shards[part::parts] for unit in self.units_of(shard)]
+    def share(self, part: int, parts: int) -> range:
+        """Shards that are one rank's own; whole ones, so that ranks write to different files."""
+        return self.shards[part::parts]
 
 
 class Claims:

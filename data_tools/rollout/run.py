@@ -2,6 +2,7 @@
 
 import json
 import time
+from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,7 @@ from PIL import Image
 from data_tools.ingest import Size, Triplet
 from data_tools.ingest.triplets import in_order
 from data_tools.rollout.config import NO_TEACHER, TYPES, RolloutConfig
-from data_tools.rollout.plan import Plan
+from data_tools.rollout.plan import Chosen, Plan
 from data_tools.rollout.spool import Made, Spool
 from data_tools.rollout.work import Models, Worker
 from v4e import config as settings_of
@@ -43,10 +44,8 @@ def rollout(triplets: Sequence[Triplet], out: str | Place, config: RolloutConfig
         CheckpointError: the teacher is missing or damaged.
     """
     out = place(out)
-    if config.teacher != NO_TEACHER and (bare := [t.id for t in triplets if not t.evolution]):
-        raise DataError(f"{len(bare)} triplets have no evolution prompt, {bare[0]} first", fix="run v4e-shards evolve")
-    config, models = _placed(config)
     groups = by_size(triplets, config)
+    config, models = _placed(config)
     sets = [_Set(models, group, size, _home(out, size, len(groups)), config) for size, group in groups.items()]
     try:
         _refuse_changed(sets, config)
@@ -61,14 +60,22 @@ def rollout(triplets: Sequence[Triplet], out: str | Place, config: RolloutConfig
     return out
 
 
-def by_size(triplets: Sequence[Triplet], config: RolloutConfig) -> dict[Size, list[Triplet]]:
-    """Triplets by the size of their clips, each group in the list's order."""
-    if config.height:
-        return {(config.height, config.width): list(triplets)}
-    groups: dict[Size, list[Triplet]] = {}
-    for triplet in triplets:
-        groups.setdefault(_size_of(triplet), []).append(triplet)
-    return dict(sorted(groups.items()))
+def by_size(triplets: Sequence[Triplet], config: RolloutConfig) -> dict[Size, Sequence[Triplet]]:
+    """Triplets by the size of their clips, each group in the list's order.
+
+    Raises:
+        DataError: some have no prompt, and a teacher is to follow it.
+    """
+    groups: dict[Size, array[int]] = {}
+    bare, first = 0, ""
+    for number, triplet in enumerate(triplets):
+        if not triplet.evolution:
+            bare, first = bare + 1, first or triplet.id
+        size = (config.height, config.width) if config.height else _size_of(triplet)
+        groups.setdefault(size, array("Q")).append(number)
+    if bare and config.teacher != NO_TEACHER:
+        raise DataError(f"{bare} triplets have no evolution prompt, {first} first", fix="run v4e-shards evolve")
+    return {size: Chosen(triplets, numbers) for size, numbers in sorted(groups.items())}
 
 
 def _size_of(triplet: Triplet) -> Size:
@@ -105,18 +112,20 @@ class _Set:
 
     def roll(self) -> Iterator[int]:
         """Do every unit that can be claimed; each is told when it is safe."""
+        leads = self.worker.models.team.leads
         for unit in self.worker.models.team.in_step(self._turns):
             outcome = self.worker.work(self.plan.unit(unit))
-            if self.worker.models.team.leads:
+            if leads:
                 self.spool.save(unit, outcome)
             yield unit
-        if self.worker.models.team.leads:
-            for shard in {self.plan.shard_of(u) for u in self.own()}:
+        if leads:
+            for shard in self.own():
                 if not self.spool.is_packed(shard):
                     self.spool.pack(shard)  # its last unit was saved by a rank that was killed then
             self.spool.finish()
 
-    def own(self) -> list[int]:
+    def own(self) -> range:
+        """Shards that are this rank's."""
         return self.plan.share(self.config.part, self.config.parts)
 
     def _turns(self) -> Iterator[int]:
@@ -131,21 +140,21 @@ class _Set:
             if not done:
                 return
 
-    def _order(self) -> list[int]:
-        missing = self.spool.missing()
-        own = set(self.own())
-        others = [u for u in reversed(missing) if u not in own]
-        return [u for u in missing if u in own] + others * self.spool.claims.shared
+    def _order(self) -> Iterator[int]:
+        safe, own = self.spool.safe(), self.own()
+        yield from (u for shard in own for u in self.plan.units_of(shard) if not safe(u))
+        if self.spool.claims.shared:
+            yield from (u for u in reversed(self.plan.units) if self.plan.shard_of(u) not in own and not safe(u))
 
     # Changed triplets ----------------------------------------------------------------------------------------------
 
     def changed(self) -> dict[int, list[str]]:
         """Own units that are safe but whose triplets are not what they were, each with what is different."""
-        missing = set(self.spool.missing())
-        safe = [unit for unit in self.own() if unit not in missing]
+        safe = self.spool.safe()
+        finished = (unit for shard in self.own() for unit in self.plan.units_of(shard) if safe(unit))
         with ThreadPoolExecutor(READERS) as pool:
-            faults = in_order(pool, self._differences, safe, 2 * READERS)
-            return {unit: found for unit, found in zip(safe, faults, strict=True) if found}
+            looked_at = in_order(pool, lambda unit: (unit, self._differences(unit)), finished, 2 * READERS)
+            return {unit: found for unit, found in looked_at if found}
 
     def _differences(self, unit: int) -> list[str]:
         try:
@@ -197,7 +206,7 @@ def _conclude(sets: Sequence[_Set], config: RolloutConfig) -> None:
     """Say what was of no use, once everything else is safe."""
     rejects = [r for each in sets for r in each.spool.rejects()]
     total = sum(len(each.plan.triplets) for each in sets)
-    whole = not any(each.spool.missing() for each in sets)
+    whole = not any(True for each in sets for _ in each.spool.missing())
     if whole and len(rejects) > config.max_reject_fraction * total:
         raise DataError(
             f"{len(rejects)} of {total} triplets could not be used, all others are written: {rejects[0].key}: "
@@ -252,7 +261,7 @@ class _Watch:
         self._again = now + max(LOOK_EVERY_S, (now - began) / LOOKING)
 
     def _done(self) -> int:
-        return self._total - sum(len(s.plan.unit(unit)) for s in self._sets for unit in s.spool.missing())
+        return self._total - sum(s.plan.size_of(unit) for s in self._sets for unit in s.spool.missing())
 
 
 def _bring_journal(stored: Place, home: Path) -> None:

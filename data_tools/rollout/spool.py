@@ -4,9 +4,10 @@ All of it lies in the set's folder, here or behind a URL, so that any machine ca
 locks, and tars that are being packed: of a URL these are in a local folder.
 """
 
+import itertools
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -124,17 +125,15 @@ class Spool:
     def is_packed(self, shard: int) -> bool:
         return exists(index_path(self.tar(shard))) and exists(self.tar(shard))
 
-    def missing(self) -> list[int]:
-        """Units that are not safe yet, from two listings."""
+    def missing(self) -> Iterator[int]:
+        """Units that are not safe yet."""
+        return itertools.filterfalse(self.safe(), self.plan.units)
+
+    def safe(self) -> Callable[[int], bool]:
+        """What tells whether a unit is safe, from two listings."""
         saved = names(self.folder / UNITS)  # before the shards: a unit's file goes when its shard is there
         packed = self._packed()
-        return [
-            unit
-            for shard in self.plan.shards
-            if shard not in packed
-            for unit in self.plan.units_of(shard)
-            if self._path(unit).name not in saved
-        ]
+        return lambda unit: self.plan.shard_of(unit) in packed or self._path(unit).name in saved
 
     def outcome(self, unit: int, kinds: Sequence[str] = MEMBERS) -> Unit:
         """What became of a unit that is safe; ``kinds`` are the members that are read of it, if it is packed.
@@ -162,7 +161,7 @@ class Spool:
         """
         for shard in sorted(self._packed() - self._counted):
             sheet = self._sheet(shard)
-            triplets = sum(len(self.plan.unit(unit)) for unit in self.plan.units_of(shard))
+            triplets = sum(map(self.plan.size_of, self.plan.units_of(shard)))
             self._counts.update({k: sheet[k] for k in ("samples", "bytes", "seconds")})
             self._counts["rejects"] += triplets - sheet["samples"]
             self._counted.add(shard)
@@ -185,9 +184,8 @@ class Spool:
         units = self.plan.units_of(shard)
         with self.claims.take(SHARDS_FROM + shard, wait=True), writable(self.folder):
             if not self.is_packed(shard) and {self._path(u).name for u in units} <= names(self.folder / UNITS):
-                outcomes = [self.outcome(u) for u in units]
-                self._write_rejects(shard, [r for o in outcomes for r in o.rejects])
-                write_shard(self.tar(shard), (m for o in outcomes for m in o.made), sum(o.seconds for o in outcomes))
+                seconds: list[float] = []
+                write_shard(self.tar(shard), self._samples(shard, seconds), lambda: sum(seconds))
             if self.is_packed(shard):
                 for unit in units:
                     remove(self._path(unit))
@@ -255,6 +253,16 @@ class Spool:
             made.append(Made(index.keys[row], json.loads(members[WORDS])["task"], members))
         return Unit(made, [r for r in rejects if r.key in keys])
 
+    def _samples(self, shard: int, seconds: list[float]) -> Iterator[Made]:
+        """What goes into a shard, in memory one unit at a time; its rejects are written in the end."""
+        rejects: list[Reject] = []
+        for unit in self.plan.units_of(shard):
+            outcome = self.outcome(unit)
+            rejects += outcome.rejects
+            seconds.append(outcome.seconds)
+            yield from outcome.made
+        self._write_rejects(shard, rejects)
+
     def _write_rejects(self, shard: int, rejects: Sequence[Reject]) -> None:
         path = rejects_path(self.tar(shard))
         remove(path)
@@ -263,12 +271,12 @@ class Spool:
 
     def _agree_on_triplets(self) -> None:
         """Units are made of consecutive triplets, so another list would make other units."""
-        path, now = self.folder / IDS, [t.id for t in self.plan.triplets]
+        path, listed = self.folder / IDS, b"[%b]" % b",".join(to_json(t.id) for t in self.plan.triplets)
         if not exists(path):
-            return publish(path, to_json(now))
-        with readable(shown(path)):
-            before = json.loads(read_bytes(path))
-        if before != now:
+            return publish(path, listed)
+        if (stored := read_bytes(path)) != listed:
+            with readable(shown(path)):
+                before, now = json.loads(stored), json.loads(listed)
             new, gone = (sorted(set(a) - set(b)) for a, b in ((now, before), (before, now)))
             raise DataError(
                 f"this folder was begun with other triplets: {len(before)} were listed and {len(now)} are now, "

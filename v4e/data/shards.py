@@ -11,7 +11,7 @@ import tarfile
 import time
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
@@ -245,13 +245,19 @@ class ShardWriter:
             raise
 
 
-def write_shard(path: Place, samples: Iterable[tuple[str, str, Mapping[str, bytes]]], seconds: float = 0.0) -> None:
-    """A whole shard of packed samples, each a key, a task and members; ``seconds`` went into making them."""
-    shard = _Shard(path, seconds)
+def write_shard(
+    path: Place, samples: Iterable[tuple[str, str, Mapping[str, bytes]]], seconds: Callable[[], float] = float
+) -> None:
+    """A whole shard of packed samples, each a key, a task and members.
+
+    Args:
+        seconds: asked when all are drawn, how many went into making them before.
+    """
+    shard = _Shard(path)
     try:
         for key, task, members in samples:
             shard.add(key, task, members)
-        shard.finish()
+        shard.finish(seconds())
     except BaseException:
         shard.drop()
         raise
@@ -267,12 +273,12 @@ def tar_header(name: str, size: int) -> bytes:
 class _Shard:
     """One tar being written under a temporary name, in the folder itself or, for a URL, in a local one."""
 
-    def __init__(self, path: Place, seconds: float = 0.0) -> None:
+    def __init__(self, path: Place) -> None:
         self.path, self.keys, self.size = path, [], 0
         self._rows: list[list[object]] = []
         self._quick: list[str] = []
         self._counts, self._tasks = Counter[str](), Counter[str]()
-        self._began = time.monotonic() - seconds
+        self._began = time.monotonic()
         self._temporary = scratch(path.parent) / f"{TEMPORARY}{path.name}"
         self._placed: list[Place] = []
         self._file = open(self._temporary, "wb", buffering=1 << 20)  # noqa: SIM115  (closed by finish or drop)
@@ -287,8 +293,13 @@ class _Shard:
         self._counts.update(members.keys())
         self._tasks[task] += 1
 
-    def finish(self) -> None:
-        """Tar, statistics, index: the index is what says that the shard is whole."""
+    def finish(self, before: float = 0.0) -> None:
+        """Tar, statistics, index: the index is what says that the shard is whole.
+
+        Args:
+            before: seconds that went into its samples before it was begun.
+        """
+        self._began -= before
         self._file.write(bytes(2 * BLOCK))
         self.size += 2 * BLOCK
         settle(self._file)
