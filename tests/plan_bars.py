@@ -126,7 +126,7 @@ def rank(case: str, folder: str) -> None:
         store(Path(folder) / name, MODELS[name])
     empty, full = recipe("empty"), recipe(model)
     machine = plan.Machine(ranks=world, fused=False)
-    told = plan.planned(full, machine, plan.Data(grid, grid, 1))[0]
+    told = plan.planned(full, machine, [plan.Data(grid, grid, 1)])[0]
     predicted = told.peak + sum(told.main.values())  # on this machine both are main memory
     train_recipe(empty, Stream)
     before = settle()

@@ -425,15 +425,16 @@ def test_the_readme_says_where_it_comes_from(tmp_path):
 
 def test_the_sets_of_a_mixture_and_what_became_of_them(tmp_path):
     sets = [write_shards(tmp_path / name, number) for name, number in (("a", 3), ("b", 4))]
-    shares = str([{"path": str(s.folder), "weight": 2.0} for s in sets] + [{"path": "gone", "weight": 1.0}])
+    shares = str([{"path": str(s.folder), "weight": 2.0} for s in sets] + [{"path": "gone", "weight": 0.5}])
     remembered = f"1/2 of {sets[0].identity} and 1/2 of 0123"
     about = provenance.Provenance(
         "it", tmp_path, "x", "", "last", 1, remembered, {"loop.data": "", "loop.mixture": shares}
     )
     text = about.readme("diffusers", Card(), sees_both_ends=False, sharded=False)
-    assert f"| shards | `{sets[0].folder}` | manifest {sets[0].identity}, 3 samples |" in text
+    assert f"| shards, weight 2 | `{sets[0].folder}` | manifest {sets[0].identity}, 3 samples |" in text
+    assert f"| shards, weight 2 | `{sets[1].folder}` | manifest" in text
     assert f"manifest {remembered}, since changed to {sets[1].identity} |" in text
-    assert f"| shards | `gone` | manifest {remembered}, no longer at hand |" in text
+    assert f"| shards, weight 0.5 | `gone` | manifest {remembered}, no longer at hand |" in text
 
 
 def test_an_identity_changes_with_any_byte_of_the_weights(tmp_path):

@@ -6,9 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from builders import shared_wan_folder
+from test_shards import META, make_sample
 
 from v4e import cli, config, plan
-from v4e.config import Loop, Offload
+from v4e.config import Loop, Offload, Share
+from v4e.data.mixture import Mixture
+from v4e.data.shards import SetMeta, ShardSet, ShardWriter
+from v4e.errors import ConfigError
 from v4e.models.wan import _construct, _skeleton
 from v4e.nouns import Grid
 from v4e.plan import Census, Data, Machine, Shape
@@ -17,7 +21,7 @@ from v4e.recipes import pick
 ROOT = Path(__file__).parents[1]
 SHAPE = Shape(width=10, ffn=30, layers=2, images=1)
 PLAYER = Census("student", 3, trained=1000, frozen=0, whole=100, hidden=600, shape=SHAPE)
-CLIPS = Data(Grid(5, 720, 1280), Grid(81, 720, 1280), 100)
+CLIPS = [Data(Grid(5, 720, 1280), Grid(81, 720, 1280), 100)]
 BIG = 16_394_878_784  # parameters of I2V-14B, counted in tests/test_real_sizes.py
 
 
@@ -226,7 +230,7 @@ def test_work_counts_nothing_twice():
     assert told.tokens == 2 * 45 * 80
     assert told.flops == plan.planned(once, Machine(ranks=8), CLIPS)[0].flops
     shape = Shape(5120, 13824, 40, 1)
-    assert told.flops == pytest.approx(recipe.loop.batch * 3 * plan.forward_flops(shape, told.tokens))
+    assert told.flops == pytest.approx(recipe.loop.batch * 3 * plan.forward_flops(shape, 2 * 45 * 80))
 
 
 def test_offloading_lets_the_optimiser_fit_where_it_did_not():
@@ -234,13 +238,61 @@ def test_offloading_lets_the_optimiser_fit_where_it_did_not():
     answer = plan.planned(real("video4edit", "loop.offload.optimizer=cpu"), card, CLIPS)[0]
     assert answer.peak < plan.planned(real("video4edit"), card, CLIPS)[0].peak
     assert answer.main["optimiser"] == BIG and answer.update["step"] == 0
-    assert "main memory: optimiser" in plan.page(answer, "", CLIPS, 10)
+    assert "main memory: optimiser" in plan.page(answer, "", CLIPS, Loop(steps=10))
 
 
 def test_released_models_need_no_folder_and_others_do(tmp_path):
     recipe = plan.stand_in(real("flow_matching"), tmp_path)
     assert plan.census(recipe.players()[0], recipe.loop).trained == BIG
     assert plan.stand_in(replace(recipe, init="my/own"), tmp_path / "x").init == "my/own"
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory) -> tuple[ShardSet, ShardSet]:
+    """Seven samples of 5 x 16 x 16 with a teacher's 9 frames, and two of 16 x 32 without a teacher."""
+    home = tmp_path_factory.mktemp("sets")
+    sets = {"square": (META, 7), "wide": (SetMeta("encoded", Grid(5, 16, 32), None), 2)}
+    for name, (meta, count) in sets.items():
+        with ShardWriter(home / name, meta, samples_per_shard=3) as writer:
+            for n in range(count):
+                writer.add(make_sample(n))
+    square, wide = (ShardSet.open(home / name) for name in sets)
+    return square, wide
+
+
+def test_every_set_of_a_mixture_says_its_own(mixed):
+    """Three quarters of a step are square; what is not there yet is of the sizes given."""
+    shares = [Share(str(mixed[0].folder), 6), Share(str(mixed[1].folder), 1), Share("/nowhere", 1)]
+    square, wide, missing = plan.clips(Loop(mixture=shares), 720, 1280, 5, 81, 100)
+    size = [sum(path.stat().st_size for path in s.folder.glob("*.tar")) for s in mixed]
+    assert square == Data(Grid(5, 16, 16), Grid(9, 16, 16), 7, 0.75, size[0], shares[0].path)
+    assert wide == Data(Grid(5, 16, 32), Grid(5, 16, 32), 2, 0.125, size[1], shares[1].path)
+    assert missing == Data(Grid(5, 720, 1280), Grid(81, 720, 1280), 100, 0.125, 0, "/nowhere")
+    assert plan.clips(Loop(), 720, 1280, 5, 81, 100) == CLIPS
+    assert plan.clips_of(Mixture(mixed, (3, 1))) == [square, replace(wide, share=0.25)]
+
+
+def test_what_training_refuses_is_not_planned(mixed):
+    path = str(mixed[0].folder)
+    with pytest.raises(ConfigError, match="both loop.data and loop.mixture"):
+        plan.clips(Loop(data=path, mixture=[Share(path)]), 720, 1280, 5, 81, 100)
+    with pytest.raises(ConfigError, match=r"weight -1 is not positive"):
+        plan.clips(Loop(mixture=[Share(path), Share(path, -1)]), 720, 1280, 5, 81, 100)
+
+
+def test_a_mixture_takes_the_mean_time_the_largest_clips_memory_and_every_sets_storage(video4edit):
+    small, large = (Data(Grid(5, h, w), Grid(81, h, w), 100) for h, w in ((480, 832), (720, 1280)))
+    mixture = [replace(small, share=0.25, size=1000), replace(large, share=0.75)]
+    one, both = (plan.planned(real(), Machine(ranks=64), data)[0] for data in ([small], mixture))
+    other, _ = video4edit[0]
+    assert both.flops == pytest.approx(0.25 * one.flops + 0.75 * other.flops)
+    assert both.compute == other.compute and other.compute["activations"] > one.compute["activations"]
+    assert both.storage["shards"] == 1000 + other.storage["shards"]
+    assert both.storage["a sample"] == both.storage["shards"] / 200
+    said = plan.page(both, "", mixture, Loop(steps=10, batch=40))
+    assert "  100 of 5 x 480 x 832, 25% of each step, each met 1.0 times\n" in said
+    assert "time: 6180 tokens" in said  # 0.25 * 2 * 30 * 52 + 0.75 * 2 * 45 * 80
+    assert "  100 of 5 x 720 x 1280, 75% of each step, each met 3.0 times\n" in said
 
 
 def test_the_door_reads_local_models_and_ends_with_the_verdict(tmp_path, capsys):

@@ -73,7 +73,7 @@ def train(args: argparse.Namespace) -> int:
     from v4e.data.mixture import Mixture
     from v4e.data.stream import Stream
     from v4e.eval.contact import ContactSheet
-    from v4e.plan import Data, work
+    from v4e.plan import clips_of, work
     from v4e.train.run import train_recipe
 
     loop, ranks = recipe.loop, dist.start(recipe.loop.threads)
@@ -87,8 +87,7 @@ def train(args: argparse.Namespace) -> int:
     sheet = ContactSheet(loop.validation, recipe.codec, ranks, shift=recipe.shift) if loop.validation else None
 
     def effort():
-        clips = shards.sets[0].meta
-        return work(recipe, ranks.world, Data(clips.student, clips.teacher or clips.student, len(shards.sets[0])))
+        return work(recipe, ranks.world, clips_of(shards))
 
     train_recipe(recipe, stream, sheet, resume=args.resume, data=shards.identity, work=effort)
     return 0
@@ -136,7 +135,7 @@ def plan(args: argparse.Namespace) -> int:
     )
     data = clips(recipe.loop, args.height, args.width, args.frames, args.teacher_frames, args.samples)
     answer, remedy = planned(recipe, machine, data)
-    print(page(answer, remedy, data, recipe.loop.steps))
+    print(page(answer, remedy, data, recipe.loop))
     return 0 if answer.fits else 1
 
 

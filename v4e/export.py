@@ -130,7 +130,7 @@ class Trained:
     def card(self, base: Card) -> Card:
         """How the model wants to be asked: the base's card, with the clips it was trained on and its shift."""
         card = replace(base, shift=float(self.settings.get("shift", base.shift)))
-        grids = [shards.meta.student for shards in shard_sets(self.settings).values() if shards]
+        grids = [shards.meta.student for _, shards in shard_sets(self.settings) if shards]
         if not grids:
             return card
         return replace(card, frames=grids[0].T, sizes=tuple(dict.fromkeys((grid.H, grid.W) for grid in grids)))

@@ -6,7 +6,7 @@ and a GB is 10^9 of them.
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,7 +15,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from v4e import flow
-from v4e.config import Loop, to_dict
+from v4e.config import Loop, Share, to_dict
+from v4e.data.mixture import Mixture, named, shares_of
 from v4e.data.places import exists, place
 from v4e.data.shards import ShardSet
 from v4e.models.lora import with_adapters
@@ -110,11 +111,26 @@ class Machine:
 
 @dataclass(frozen=True)
 class Data:
-    """The clips: the student's grid, the teacher's, and how many samples there are."""
+    """The clips of one shard set: the student's grid, the teacher's, and how many samples there are.
+
+    Args:
+        share: of a step's samples, where several sets train together.
+        size: bytes of all samples; 0 where they are still to be made.
+        name: where the set is.
+    """
 
     student: Grid
     teacher: Grid
     samples: int
+    share: float = 1.0
+    size: int = 0
+    name: str = ""
+
+    @staticmethod
+    def of(shards: ShardSet, share: float = 1.0) -> "Data":
+        """What a set says of itself."""
+        meta, size = shards.meta, sum(s.bytes for s in shards.shards)
+        return Data(meta.student, meta.teacher or meta.student, len(shards), share, size, str(shards.folder))
 
 
 @dataclass(frozen=True)
@@ -346,8 +362,8 @@ def checkpoints_kept(loop: Loop) -> int:
 # ------------------------------------------------------------------------------------------------ assembly
 
 
-def plan(recipe: Recipe, machine: Machine, data: Data) -> Plan:
-    """What a recipe needs on a machine.
+def plan(recipe: Recipe, machine: Machine, data: Sequence[Data]) -> Plan:
+    """What a recipe needs on a machine; a step's time is the mean over the sets, its memory that of the largest clip.
 
     Raises:
         ConfigError: the batch does not divide among the ranks.
@@ -426,19 +442,31 @@ def _write_config(home: Path, kind: str, width: int) -> Path:
     return home
 
 
-def clips(loop: Loop, height: int, width: int, frames: int, teacher_frames: int, samples: int) -> Data:
-    """What ``loop.data`` says, where it is there; else the sizes given.
+def clips(loop: Loop, height: int, width: int, frames: int, teacher_frames: int, samples: int) -> list[Data]:
+    """What the sets of ``loop.data`` or ``loop.mixture`` say; the sizes given for each that is not there.
 
     Raises:
-        ShapeError: they are no clips.
+        ConfigError: both are named, or a weight is not positive.
+        ShapeError: the sizes are no clips.
     """
-    if loop.data and exists(place(loop.data) / "manifest.json"):
-        shards = ShardSet.open(loop.data, verify="none")
-        return Data(shards.meta.student, shards.meta.teacher or shards.meta.student, len(shards))
-    return Data(Grid(frames, height, width), Grid(teacher_frames, height, width), samples)
+    given = Data(Grid(frames, height, width), Grid(teacher_frames, height, width), samples)
+    sets = named(loop) if loop.data or loop.mixture else [Share()]
+    found = [_found(each.path) or dataclasses.replace(given, name=each.path) for each in sets]
+    shares = shares_of([each.weight for each in sets])
+    return [dataclasses.replace(data, share=float(share)) for data, share in zip(found, shares, strict=True)]
 
 
-def work(recipe: Recipe, ranks: int, data: Data) -> Work:
+def clips_of(mixture: Mixture) -> list[Data]:
+    """What is trained on together, set by set."""
+    return [Data.of(shards, float(share)) for shards, share in zip(mixture.sets, mixture.shares, strict=True)]
+
+
+def _found(folder: str) -> Data | None:
+    there = folder and exists(place(folder) / "manifest.json")
+    return Data.of(ShardSet.open(folder, verify="none")) if there else None
+
+
+def work(recipe: Recipe, ranks: int, data: Sequence[Data]) -> Work:
     """What a step does, for the journal's rates: model FLOPs, so nothing that checkpointing computes again.
 
     Raises:
@@ -446,10 +474,11 @@ def work(recipe: Recipe, ranks: int, data: Data) -> Work:
     """
     once: Any = dataclasses.replace(recipe, loop=dataclasses.replace(recipe.loop, checkpointing=False))  # type: ignore
     with TemporaryDirectory() as folder:
-        return Work(data.student.tokens, plan(stand_in(once, Path(folder)), Machine(ranks=ranks), data).flops)
+        flops = plan(stand_in(once, Path(folder)), Machine(ranks=ranks), data).flops
+    return Work(_mean(data, lambda d: d.student.tokens), flops)
 
 
-def planned(recipe: Recipe, machine: Machine, data: Data) -> tuple[Plan, str]:
+def planned(recipe: Recipe, machine: Machine, data: Sequence[Data]) -> tuple[Plan, str]:
     """The plan, and where it does not fit what to change, or that nothing known does."""
     with TemporaryDirectory() as folder:
         local = stand_in(recipe, Path(folder))
@@ -457,7 +486,7 @@ def planned(recipe: Recipe, machine: Machine, data: Data) -> tuple[Plan, str]:
         return first, "" if first.fits else _remedy(local, machine, data)
 
 
-def _remedy(recipe: Recipe, machine: Machine, data: Data) -> str:
+def _remedy(recipe: Recipe, machine: Machine, data: Sequence[Data]) -> str:
     """The first of a few changes, each on top of those before, with which it fits."""
     words: list[str] = []
     for word, change in _changes(recipe):
@@ -497,16 +526,24 @@ def _stepping(c: Census, low: int, loop: Loop, machine: Machine) -> float:
 Counted = Sequence[tuple[Player, Census]]
 
 
-def _compute(trained: Counted, frozen: Counted, low: int, recipe: Recipe, data: Data, ranks: int) -> dict[str, float]:
+def _compute(
+    trained: Counted, frozen: Counted, low: int, recipe: Recipe, data: Sequence[Data], ranks: int
+) -> dict[str, float]:
+    whole = sum(gathered(c, low, ranks) for _, c in (*trained, *frozen))
+    return {"gathered weights": whole, "activations": max(_kept(trained, frozen, low, recipe, d) for d in data)}
+
+
+def _kept(trained: Counted, frozen: Counted, low: int, recipe: Recipe, data: Data) -> float:
+    """Bytes of a forward pass over clips of one set, players together."""
     S, S_teacher, loop = data.student.tokens, data.teacher.tokens, recipe.loop
     taps = len(to_dict(recipe).get("student_blocks", ()))
-    whole = sum(gathered(c, low, ranks) for _, c in (*trained, *frozen))
     kept = max(activations(c.shape, S, low, loop.micro_batch, loop.checkpointing) for _, c in trained)
-    seen = max((working(c.shape, S_teacher, low, loop.micro_batch, taps) for _, c in frozen), default=0.0)
-    return {"gathered weights": whole, "activations": kept + seen}
+    return kept + max((working(c.shape, S_teacher, low, loop.micro_batch, taps) for _, c in frozen), default=0.0)
 
 
-def _work(recipe: Recipe, trained: Counted, frozen: Counted, low: int, data: Data, ranks: int) -> tuple[float, float]:
+def _work(
+    recipe: Recipe, trained: Counted, frozen: Counted, low: int, data: Sequence[Data], ranks: int
+) -> tuple[float, float]:
     """Floating-point operations of a step over all ranks, and bytes that each receives."""
     loop = recipe.loop
     settings, micro = to_dict(recipe), accumulation(loop, ranks)
@@ -514,8 +551,9 @@ def _work(recipe: Recipe, trained: Counted, frozen: Counted, low: int, data: Dat
     flops = 0.0
     for _, c in trained:
         each, _ = passes(settings, loop.checkpointing, c.trained / c.elements)
-        flops += each * forward_flops(c.shape, data.student.tokens)
-    flops += sum(theirs * forward_flops(c.shape, data.teacher.tokens) for _, c in frozen)
+        flops += each * _mean(data, lambda d, shape=c.shape: forward_flops(shape, d.student.tokens))
+    for _, c in frozen:
+        flops += theirs * _mean(data, lambda d, shape=c.shape: forward_flops(shape, d.teacher.tokens))
     received = sum(traffic(c, low, ranks, micro, own_rounds) for _, c in trained)
     received += sum(traffic(c, low, ranks, micro, theirs) for _, c in frozen if c.stage == 3)
     return loop.batch * flops, received
@@ -528,13 +566,19 @@ def _host(trained: Counted, ranks: int, loop: Loop) -> float:
     return max(min(largest, FILE_BYTES), min(whole, SHARD_BYTES))
 
 
-def _storage(trained: Counted, loop: Loop, settings: Mapping[str, Any], data: Data) -> dict[str, float]:
+def _mean(data: Sequence[Data], of: Callable[[Data], float]) -> float:
+    """Of a step's samples."""
+    return sum(d.share * of(d) for d in data)
+
+
+def _storage(trained: Counted, loop: Loop, settings: Mapping[str, Any], data: Sequence[Data]) -> dict[str, float]:
     levels = len(flow.union_grid(settings["few_steps"], settings["shift"])) - 1 if "few_steps" in settings else 0
     one = sum(checkpoint_bytes(c, p.optim.name, loop.ema > 0) for p, c in trained)
     files = 1 + (loop.ema > 0)
+    shards = sum(d.size or d.samples * sample_bytes(d, levels) for d in data)
     return {
-        "a sample": sample_bytes(data, levels),
-        "shards": data.samples * sample_bytes(data, levels),
+        "a sample": shards / max(1, sum(d.samples for d in data)),
+        "shards": shards,
         "a checkpoint": one,
         "checkpoints": one * checkpoints_kept(loop),
         "weights": sum(4.0 * files * c.elements for _, c in trained),
@@ -552,9 +596,10 @@ def _sum(parts: Iterator[dict[str, float]]) -> dict[str, float]:
 # ------------------------------------------------------------------------------------------------ the page
 
 
-def page(plan: Plan, remedy: str, data: Data, steps: int) -> str:
+def page(plan: Plan, remedy: str, data: Sequence[Data], loop: Loop) -> str:
     """What a person reads."""
-    m, hours = plan.machine, steps * plan.seconds / 3600
+    m, hours = plan.machine, loop.steps * plan.seconds / 3600
+    tokens, teacher = (_mean(data, of) for of in (lambda d: d.student.tokens, lambda d: d.teacher.tokens))
     rows = [*_rows(plan.parts), *_rows(plan.compute, "while computing: "), *_rows(plan.update, "while updating: ")]
     verdict = "fits" if plan.fits else "does not fit"
     advice = "" if plan.fits else f"\nwhat would: {remedy or 'no known setting; a smaller model or clip'}"
@@ -568,15 +613,26 @@ def page(plan: Plan, remedy: str, data: Data, steps: int) -> str:
             *_rows(plan.main, "main memory: "),
             f"main memory of a rank while it saves: {plan.host / GB:.2f} GB",
             "",
-            f"time: {data.student.tokens} tokens (teacher {data.teacher.tokens}), {plan.flops / 1e15:.1f} PFLOP a step",
+            "samples",
+            *(_met(d, loop) for d in data),
+            "",
+            f"time: {tokens:.0f} tokens (teacher {teacher:.0f}), {plan.flops / 1e15:.1f} PFLOP a step",
             f"  arithmetic {plan.arithmetic:.2f} s at an assumed {m.utilisation:.0%} of {m.flops / 1e12:.0f} TFLOP/s",
             f"  gathering  {plan.traffic:.2f} s at an assumed {m.bandwidth / GB:.0f} GB/s a rank",
-            f"  {steps} steps of {plan.seconds:.2f} s: {hours:.1f} h, {hours * m.ranks:.0f} GPU-hours",
+            f"  {loop.steps} steps of {plan.seconds:.2f} s: {hours:.1f} h, {hours * m.ranks:.0f} GPU-hours",
             "",
             "storage, GB",
             *_rows(plan.storage),
         ]
     )
+
+
+def _met(data: Data, loop: Loop) -> str:
+    """A set, and how often a training goes through it."""
+    met, grid = loop.steps * loop.batch * data.share, data.student
+    rounds = f", each met {met / data.samples:.1f} times" if data.samples else ""
+    about = f"{data.samples:,} of {grid.T} x {grid.H} x {grid.W}, {data.share:.0%} of each step{rounds}"
+    return f"  {about}{f': {data.name}' if data.name else ''}"
 
 
 def _rows(parts: Mapping[str, float], before: str = "") -> list[str]:

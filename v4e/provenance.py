@@ -16,6 +16,7 @@ from typing import Literal
 from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 
 from v4e import __version__
+from v4e.config import Share
 from v4e.data.shards import ShardSet
 from v4e.errors import DataError
 from v4e.models.folder import HUB_ID
@@ -99,8 +100,9 @@ class Provenance:
             models = {"base": self.base, **models}
         for part, name in models.items():
             yield part, f"`{name}`", identity(name) or "not at hand"
-        for name, shards in shard_sets(self.settings).items():
-            yield "shards", f"`{name}`", self._shards(shards)
+        for share, shards in shard_sets(self.settings):
+            weight = f", weight {share.weight:g}" if self.settings.get("loop.data", "") != share.path else ""
+            yield f"shards{weight}", f"`{share.path}`", self._shards(shards)
 
     def _shards(self, found: ShardSet | None) -> str:
         """The manifest's hash, and the number of samples where the run remembers the same hash."""
@@ -122,11 +124,11 @@ class Provenance:
         return ["## Measured", _table(("method", "solver steps", *metrics), cells)]
 
 
-def shard_sets(settings: Mapping[str, str]) -> dict[str, ShardSet | None]:
+def shard_sets(settings: Mapping[str, str]) -> list[tuple[Share, ShardSet | None]]:
     """What a training's settings name, in their order; None for a set that is no longer at hand."""
-    mixed = ast.literal_eval(settings.get("loop.mixture") or "[]")
-    named = [share["path"] for share in mixed] or [settings.get("loop.data", "")]
-    return {name: _opened(name) for name in named if name}
+    mixed = [Share(**share) for share in ast.literal_eval(settings.get("loop.mixture") or "[]")]
+    named = mixed or [Share(settings.get("loop.data", ""))]
+    return [(share, _opened(share.path)) for share in named if share.path]
 
 
 def _opened(folder: str) -> ShardSet | None:

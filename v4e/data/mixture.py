@@ -73,21 +73,15 @@ class Mixture:
             ConfigError: both or neither are named.
             DataError: a set is missing or damaged.
         """
-        if bool(loop.data) == bool(loop.mixture):
-            what = "both loop.data and loop.mixture are given" if loop.data else "no shards to train on"
-            raise ConfigError(what, where="loop.data", fix="name one set in loop.data, or several in loop.mixture")
         cache = ShardCache(loop.disk_cache, loop.disk_cache_bytes) if loop.disk_cache else None
-        shares = loop.mixture or [Share(loop.data)]
+        shares = named(loop)
         sets = tuple(ShardSet.open(share.path, verify, cache) for share in shares)
         return Mixture(sets, tuple(share.weight for share in shares), loop.unit, loop.window)
 
     @cached_property
     def shares(self) -> list[Fraction]:
         """Of each set among all samples."""
-        if bad := [w for w in self.weights if not 0 < w < math.inf]:
-            raise ConfigError(f"weight {bad[0]} is not positive", where="loop.mixture", fix="leave that set out")
-        exact = [Fraction(str(w)) for w in self.weights] or [Fraction(1)] * len(self.sets)
-        return [w / sum(exact) for w in exact]
+        return shares_of(self.weights or [1.0] * len(self.sets))
 
     @cached_property
     def buckets(self) -> list[list[int]]:
@@ -178,6 +172,26 @@ class Turns:
         period, place = divmod(turn, len(self._who))
         who = int(self._who[place])
         return who, period * self._counts[who] + int(self._before[place])
+
+
+def named(loop: Loop) -> list[Share]:
+    """The sets that a training's settings name.
+
+    Raises:
+        ConfigError: both or neither of ``loop.data`` and ``loop.mixture`` are given.
+    """
+    if bool(loop.data) == bool(loop.mixture):
+        what = "both loop.data and loop.mixture are given" if loop.data else "no shards to train on"
+        raise ConfigError(what, where="loop.data", fix="name one set in loop.data, or several in loop.mixture")
+    return loop.mixture or [Share(loop.data)]
+
+
+def shares_of(weights: Sequence[float]) -> list[Fraction]:
+    """What each is of their sum; ConfigError where one is not positive."""
+    if bad := [w for w in weights if not 0 < w < math.inf]:
+        raise ConfigError(f"weight {bad[0]} is not positive", where="loop.mixture", fix="leave that set out")
+    exact = [Fraction(str(w)) for w in weights]
+    return [w / sum(exact) for w in exact]
 
 
 def period_of(shares: Sequence[Fraction]) -> int:

@@ -22,11 +22,11 @@ class Work:
     """What a step does, for rates; nothing is told of what is 0.
 
     Args:
-        tokens: of one sample, as the student meets them.
+        tokens: of one sample, as the student meets them; their mean where sizes are several.
         flops: of the models' own arithmetic in a step, over all ranks; what is computed again is left out.
     """
 
-    tokens: int = 0
+    tokens: float = 0.0
     flops: float = 0.0
 
 
