@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from fsspec.implementations.memory import MemoryFileSystem
+from test_migrate import as_of_old
 from test_rollout import picture, settings
 from test_shards import write
 from test_storage import s3  # noqa: F401  (a fixture)
@@ -20,13 +21,14 @@ from data_tools import cli, evolve
 from data_tools.evolve import writers
 from data_tools.ingest import ingest, read_triplets, verify_triplets, write_triplets
 from data_tools.ingest.triplets import to_row
+from data_tools.migrate import migrate
 from data_tools.rollout import Worker, rollout
 from data_tools.rollout.spool import Spool
 from v4e import journal
 from v4e.data import disk, places
 from v4e.data.places import exists, names, place, put, put_new, read_bytes, sizes
 from v4e.data.shards import Index, ShardSet
-from v4e.errors import DataError
+from v4e.errors import ConfigError, DataError
 from v4e.models.vlm import Reply
 
 FORK = multiprocessing.get_context("fork")
@@ -310,6 +312,52 @@ def test_what_a_repair_dropped_on_a_store_is_rolled_again(url, local, monkeypatc
     made = worked_on(monkeypatch)
     rollout(read_triplets(local / "edits"), url, settings())
     assert made == [["t2", "t3"]] and tars(url) == tars(local / "set")
+
+
+# ---------------------------------------------------------------------------------------------------- migrating
+
+
+@pytest.mark.parametrize("road", ["store to store", "disk to store", "store to disk"])
+def test_a_migration_goes_on_on_another_machine(url, tmp_path, monkeypatch, machine, road):
+    """Stopped when the second tar is there and its index is not; the bytes are those of a set written today."""
+    today = write(tmp_path / "today").folder
+    old = as_of_old(write(tmp_path / "old").folder)
+    source, target = road.split(" to ")
+    out = f"{url}/new" if target == "store" else str(tmp_path / "new")
+    if source == "store":
+        upload(old, f"{url}/old")
+        old = f"{url}/old"
+    publish = disk.publish
+
+    def publish_or_stop(where, content):
+        if where.name == "000-000001.index.json":
+            raise KeyboardInterrupt
+        publish(where, content)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("data_tools.migrate.publish", publish_or_stop)
+        migrate(old, out)
+    assert {"000-000000.index.json", "000-000001.tar"} <= names(place(out)) and not exists(place(out) / "manifest.json")
+    machine("there")
+    read, members = [], ShardSet.members
+    monkeypatch.setattr(
+        ShardSet, "members", lambda self, i, *words, **how: read.append(i) or members(self, i, *words, **how)
+    )
+    assert cli.main(["migrate", str(old), out]) == 0
+    assert read == [3, 4, 5, 6] and tars(out) == tars(today)  # three samples a shard
+    assert cli.main(["verify", out]) == 0 and not Path("s3:").exists()
+    assert cli.main(["migrate", out, f"{out}-again"]) == ConfigError.exit_code  # nothing to do
+
+
+def test_a_migration_is_not_mixed_with_another_writers(url, tmp_path):
+    """Another tar of that name is on the store already; the old set is refused in its own place by any spelling."""
+    old = as_of_old(write(tmp_path / "old").folder)
+    put(place(url) / "new/000-000001.tar", b"of another")
+    with pytest.raises(DataError, match=r"000-000001\.tar: another writer has made this file"):
+        migrate(old, f"{url}/new")
+    upload(old, f"{url}/old")
+    with pytest.raises(ConfigError, match="own place"):
+        migrate(f"{url}/old", f"{url}/old/")
 
 
 # --------------------------------------------------------------------------------------------------- evolving on S3
