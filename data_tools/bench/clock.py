@@ -27,6 +27,20 @@ class Clock:
         return timed
 
 
+@dataclass(frozen=True)
+class Lap:
+    """What something took: seconds by the clock, and of this process on a CPU."""
+
+    wall: float
+    cpu: float
+
+    @staticmethod
+    def of(work: Callable[[], object]) -> "Lap":
+        wall_clock, cpu = time.perf_counter(), time.process_time()
+        work()
+        return Lap(time.perf_counter() - wall_clock, time.process_time() - cpu)
+
+
 def now() -> float:
     """A clock that counts work: this process's own time on a CPU, the wall's with a GPU, whose work is awaited."""
     return wall() if torch.cuda.is_available() else time.process_time()

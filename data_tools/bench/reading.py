@@ -1,8 +1,11 @@
 """Shards into training batches, against reading the same bytes in a row and parsing the same tensors; and their scale.
 
-Both sides start with no byte in the page cache, as a set larger than memory does; the warm ratio is told beside it.
-Warm, one side is a copy and a parse at memory's speed, and the other also checks every byte and number, and writes
-twice the bytes, since batches are fp32.
+The other side is the least that any reader does: one thread takes each shard from its first byte to its last and hands
+every tensor to the library's parser; it checks nothing and makes no batch. Both sides take turns with the same files,
+with no byte of them in the page cache, as a set larger than memory is read, and with all. Ratios are of the clock;
+``_cpu`` is of the processor's time, which other work on the machine disturbs less; in ``_threads`` the other side has
+as many threads, each with shards of its own. What ours does more: it reads in the run's order, checks hashes and
+numbers, and makes batches in fp32, twice the bytes that were read.
 """
 
 import os
@@ -10,18 +13,21 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from statistics import median
 
 import numpy as np
 import torch
 from safetensors.torch import load
 from xxhash import xxh3_128_hexdigest
 
+from data_tools.bench.clock import Lap
 from v4e.data.collate import collate
 from v4e.data.disk import hash_of, to_json
+from v4e.data.index import Index
 from v4e.data.members import TENSORS, pack
 from v4e.data.shards import FORMAT, SetMeta, ShardInfo, ShardSet, ShardWriter, index_path
 from v4e.data.stream import Stream
@@ -32,10 +38,11 @@ META = SetMeta("rollout", STUDENT, TEACHER)
 C, K, E, V = 16, 8, 128, 128  # latent channels, kept states, widths of text and vision: wan-nano's
 FORMS = (1000, 10_000, 100_000)  # numbers of samples for which memory is measured
 DIFFERENT = 32  # samples of random numbers; they are written again and again
-BATCH, MICRO = 64, 8
+BATCH, MICRO, READERS = 64, 8, 8
+Found = Mapping[str, float | list[float]]
 
 
-def measure(samples: int = 2000, rounds: int = 3, largest: int = 1_000_000, steps: int = 2000) -> dict[str, float]:
+def measure(samples: int = 2000, rounds: int = 5, largest: int = 1_000_000, steps: int = 2000) -> Found:
     """``read_ratio`` and what it is made of, the rates in MB a second; then scale, memory and its slope.
 
     Args:
@@ -49,10 +56,10 @@ def measure(samples: int = 2000, rounds: int = 3, largest: int = 1_000_000, step
         size = sum(s.bytes for s in shards.shards) / 1e6
         cold, warm = (_alternate(shards, rounds, drop) for drop in (True, False))
     return {
-        "read_ratio": round(cold[0] / cold[1], 3),
-        "read_ratio_warm": round(warm[0] / warm[1], 3),
-        "read_batches_mb_s": round(size / cold[1], 1),
-        "read_raw_mb_s": round(size / cold[0], 1),
+        **_ratios("read_ratio", cold),
+        **_ratios("read_ratio_warm", warm),
+        "read_batches_mb_s": [round(size / ours.wall, 1) for ours, _, _ in cold],
+        "read_raw_mb_s": [round(size / raw.wall, 1) for _, raw, _ in cold],
         **scale(largest, largest // 100),
         **memory([form for form in FORMS if form <= largest]),
         **steady(steps),
@@ -68,40 +75,57 @@ def fixture(folder: Path, samples: int) -> ShardSet:
     return ShardSet.open(folder)
 
 
-def read_in_a_row(shards: ShardSet) -> None:
-    """What no reader can be without: every byte from the disk, and the library's parser."""
-    for shard, index in zip(shards.shards, shards.indexes, strict=True):
-        with open(str(shards.folder / shard.name), "rb", buffering=1 << 20) as file:
-            for row in range(len(index)):
-                for kind, member in index.members(row).items():
-                    file.seek(member.offset)
-                    content = file.read(member.size)
-                    if kind in TENSORS:
-                        load(content)
+def read_in_a_row(shards: ShardSet, threads: int = 1) -> None:
+    """What no reader can be without: every byte from the disk, and the library's parser; a shard at a time a thread."""
+    paths = [str(shards.folder / shard.name) for shard in shards.shards]
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in pool.map(_read_shard, paths, shards.indexes):
+            pass
+
+
+def _read_shard(path: str, index: Index) -> None:
+    with open(path, "rb", buffering=1 << 20) as file:
+        for row in range(len(index)):
+            for kind, member in index.members(row).items():
+                file.seek(member.offset)
+                content = file.read(member.size)
+                if kind in TENSORS:
+                    load(content)
 
 
 def read_batches(shards: ShardSet) -> None:
     """An epoch as training takes it."""
-    stream = Stream(shards, seed=0, batch=BATCH, micro_batch=MICRO)
+    stream = Stream(shards, seed=0, batch=BATCH, micro_batch=MICRO, workers=READERS)
     for step in range(len(shards) // BATCH):
         for piece in stream.step(step):
             collate(piece.samples, piece.weights, rollout=True)
     stream.close()
 
 
-def _alternate(shards: ShardSet, rounds: int, cold: bool) -> tuple[float, float]:
-    """Median seconds of reading in a row, and of reading batches."""
-    times = [[_timed(work, shards, cold) for work in (read_in_a_row, read_batches)] for _ in range(rounds)]
-    return median(t[0] for t in times), median(t[1] for t in times)
+def _alternate(shards: ShardSet, rounds: int, cold: bool) -> list[tuple[Lap, Lap, Lap]]:
+    """Reading batches, and reading in a row with one thread and with as many, round by round.
+
+    A round before them fills the memory that is used again.
+    """
+    works = (read_batches, read_in_a_row, partial(read_in_a_row, threads=READERS))
+    read_batches(shards)
+    laps = [tuple(_timed(work, shards, cold) for work in works) for _ in range(rounds)]
+    return [(ours, alone, together) for ours, alone, together in laps]
 
 
-def _timed(work: Callable[[ShardSet], None], shards: ShardSet, cold: bool) -> float:
+def _ratios(name: str, laps: Sequence[tuple[Lap, Lap, Lap]]) -> dict[str, list[float]]:
+    return {
+        name: [round(alone.wall / ours.wall, 3) for ours, alone, _ in laps],
+        f"{name}_cpu": [round(alone.cpu / ours.cpu, 3) for ours, alone, _ in laps],
+        f"{name}_threads": [round(together.wall / ours.wall, 3) for ours, _, together in laps],
+    }
+
+
+def _timed(work: Callable[[ShardSet], None], shards: ShardSet, cold: bool) -> Lap:
     for path in Path(str(shards.folder)).iterdir() if cold else ():
         _forget(path)
     again = ShardSet.open(shards.folder)
-    began = time.perf_counter()
-    work(again)
-    return time.perf_counter() - began
+    return Lap.of(lambda: work(again))
 
 
 def _forget(path: Path) -> None:

@@ -1,13 +1,16 @@
-"""Memory to read samples into, taken from the system once and used again as soon as nothing refers to it.
+"""Memory for samples and batches, taken from the system once and used again as soon as nothing refers to it.
 
 Threads that get and free blocks of ever other sizes leave holes in malloc's arenas, and a process that grows for days.
 """
 
+import math
 import mmap
 import weakref
 from collections import deque
 
 import numpy as np
+import torch
+from torch import Tensor
 
 KEPT = 128  # free blocks of one size
 _free: dict[int, deque[mmap.mmap]] = {}
@@ -24,6 +27,13 @@ def take(size: int) -> memoryview:
     content = np.frombuffer(block, np.uint8)[:size]
     weakref.finalize(content, free.append, block).atexit = False
     return content.data
+
+
+def empty(*shape: int) -> Tensor:
+    """An fp32 tensor of any content in such memory."""
+    if not (count := math.prod(shape)):
+        return torch.empty(shape)
+    return torch.frombuffer(take(4 * count), dtype=torch.float32, count=count).view(shape)
 
 
 def _rounded(size: int) -> int:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from v4e.data import buffers
 from v4e.errors import DataError
 from v4e.nouns import (
     Conditions,
@@ -23,8 +24,20 @@ TextKind = Literal["instruction", "evolution"]
 
 
 def stack(tensors: Sequence[Tensor]) -> Tensor:
-    """Tensors of one shape as fp32; stacked first, which moves half the bytes of casting first."""
-    return torch.stack(list(tensors)).float()
+    """Tensors of one shape as fp32; on a CPU cast into their place, in memory that an earlier batch has left.
+
+    Raises:
+        DataError: they are of several shapes.
+    """
+    first = tensors[0]
+    if odd := [list(x.shape) for x in tensors if x.shape != first.shape]:
+        raise DataError(f"tensors of {list(first.shape)} and {odd[0]} in one batch")
+    if not first.is_cpu:
+        return torch.stack(list(tensors)).float()
+    stacked = buffers.empty(len(tensors), *first.shape)
+    for row, x in zip(stacked.unbind(), tensors, strict=True):
+        row.copy_(x)
+    return stacked
 
 
 def stack_words(texts_LE: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from xxhash import xxh3_128_digest
 
 from v4e.data.disk import digest_of, readable
 from v4e.data.members import MEMBERS, check_key
-from v4e.data.places import Place, is_remote, patiently, read_bytes, read_range
+from v4e.data.places import Place, announce, is_remote, patiently, read_bytes, read_range
 from v4e.errors import DataError
 
 REDO = "copy it again, or delete this shard, its index and manifest.json and run the command that wrote the set again"
@@ -72,16 +72,19 @@ class Index:
 
     def member(self, row: int, kind: str) -> Member | None:
         """Where the row's member of this kind lies; None when the sample has none."""
-        column = _COLUMN[kind]
-        offset, size = self._place[row, column].tolist()
-        if offset < 0:
-            return None
-        quick = None if self._quick is None else self._quick[row, column].tobytes()
-        return Member(offset, size, self._hash[row, column].tobytes(), quick)
+        return self.members(row, (kind,)).get(kind)
 
-    def members(self, row: int) -> dict[str, Member]:
-        """All members of a row, in the order they lie in the tar."""
-        return {kind: m for kind in MEMBERS if (m := self.member(row, kind))}
+    def members(self, row: int, kinds: Sequence[str] = MEMBERS) -> dict[str, Member]:
+        """The members of these kinds that a row has, in the order they lie in the tar."""
+        places, strong = self._place[row].tolist(), self._hash[row].tobytes()
+        quick = None if self._quick is None else self._quick[row].tobytes()
+        found = {}
+        for kind in kinds:
+            offset, size = places[column := _COLUMN[kind]]
+            if offset >= 0:
+                digest = slice(16 * column, 16 * column + 16)
+                found[kind] = Member(offset, size, strong[digest], quick and quick[digest])
+        return found
 
 
 def read_members(path: Place, where: str, wanted: Mapping[str, Member], strong: bool) -> dict[str, memoryview]:
@@ -97,6 +100,12 @@ def read_members(path: Place, where: str, wanted: Mapping[str, Member], strong: 
             part = content[m.offset - start : m.offset - start + m.size]
             found[kind] = _checked(part, m, strong, f"{where}.{kind}")
     return found
+
+
+def announce_members(path: Place, wanted: Mapping[str, Member]) -> None:
+    """Say that these members are read soon."""
+    for run in _runs(list(wanted.items()), GAP[is_remote(path)]):
+        announce(path, run[0][1].offset, run[-1][1].offset + run[-1][1].size - run[0][1].offset)
 
 
 def check_members(tar: Place, index: Index) -> None:

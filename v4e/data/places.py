@@ -81,25 +81,27 @@ def reaching(where: object, doing: str = "read") -> Iterator[None]:
 
     Backends raise what they like, from botocore's to aiohttp's own, so nothing narrower than Exception would do.
     """
-    at, scheme = shown(where), str(where).partition("://")[0]
     try:
         yield
     except (V4EError, FileExistsError):
         raise
-    except ImportError as error:
-        package = BACKENDS.get(scheme, scheme)
-        raise DataError(f"{scheme}:// needs {package}", where=at, fix=f"pip install {package}") from error
-    except FileNotFoundError as error:
-        raise NotFoundError(f"cannot be {doing}: {_said(error)}", where=at) from error
-    except PermissionError as error:
-        raise DataError(f"access is denied: {_said(error)}", where=at, fix=_access(scheme)) from error
-    except OSError as error:
-        kind = (
-            PassingError if scheme in BACKENDS and error.errno != errno.EINVAL else DataError
-        )  # EINVAL: no such range
-        raise kind(f"cannot be {doing}: {_said(error)}", where=at) from error
     except Exception as error:
-        raise PassingError(f"cannot be reached: {_said(error)}", where=at, fix=_access(scheme)) from error
+        raise _in_words(error, where, doing) from error
+
+
+def _in_words(error: Exception, where: object, doing: str) -> DataError:
+    at, scheme = shown(where), str(where).partition("://")[0]
+    if isinstance(error, ImportError):
+        package = BACKENDS.get(scheme, scheme)
+        return DataError(f"{scheme}:// needs {package}", where=at, fix=f"pip install {package}")
+    if isinstance(error, FileNotFoundError):
+        return NotFoundError(f"cannot be {doing}: {_said(error)}", where=at)
+    if isinstance(error, PermissionError):
+        return DataError(f"access is denied: {_said(error)}", where=at, fix=_access(scheme))
+    if isinstance(error, OSError):
+        passes = scheme in BACKENDS and error.errno != errno.EINVAL  # EINVAL: no such range
+        return (PassingError if passes else DataError)(f"cannot be {doing}: {_said(error)}", where=at)
+    return PassingError(f"cannot be reached: {_said(error)}", where=at, fix=_access(scheme))
 
 
 def patiently(work: Callable[[], T], pauses: Sequence[float] = PAUSES) -> T:
@@ -147,6 +149,18 @@ def read_range(where: Place, offset: int, size: int) -> memoryview:
         file = os.open(where, os.O_RDONLY)
         try:
             return content[: os.preadv(file, [content], offset)]
+        finally:
+            os.close(file)
+
+
+def announce(where: Place, offset: int, size: int) -> None:
+    """Let the kernel fetch from a disk what is read soon: exactly that, without anybody waiting for it."""
+    if is_remote(where):
+        return
+    with reaching(where):
+        file = os.open(where, os.O_RDONLY)
+        try:
+            os.posix_fadvise(file, offset, size, os.POSIX_FADV_WILLNEED)
         finally:
             os.close(file)
 

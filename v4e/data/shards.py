@@ -37,7 +37,7 @@ from v4e.data.disk import (
     writable,
     write_atomically,
 )
-from v4e.data.index import REDO, Index, check_members, index_path, read_members
+from v4e.data.index import REDO, Index, announce_members, check_members, index_path, read_members
 from v4e.data.members import MEMBERS, PICTURES, check_key, pack, unpack
 from v4e.data.places import (
     NotFoundError,
@@ -402,6 +402,7 @@ class ShardSet:
         largest = max((s.samples for s in shards), default=1)
         self.index = lru_cache(maxsize=max(8, INDEXED // max(1, largest)))(self._read_index)
         self.remote = lru_cache(maxsize=len(shards))(self._remote)
+        self.tar = lru_cache(maxsize=len(shards))(self._tar)
 
     @staticmethod
     def open(
@@ -452,7 +453,7 @@ class ShardSet:
 
     def place(self, i: int) -> str:
         """Where sample ``i`` is, in words for a message."""
-        return f"{self.folder / self.shards[self.locate(i)[0]].name}, key {self.keys[i]}"
+        return f"{self.tar(self.locate(i)[0])}, key {self.keys[i]}"
 
     def name(self, i: int) -> str:
         """The key of sample ``i``, or shard and row where the index that knows it is damaged."""
@@ -490,10 +491,10 @@ class ShardSet:
             DataError: the shard is missing or cut short, or the bytes are not those that were written.
         """
         shard, row = self.locate(i)
-        wanted = {kind: m for kind in kinds if (m := self.index(shard).member(row, kind))}
+        wanted = self.index(shard).members(row, kinds)
         if self.cache:
             return self.cache.use(self.remote(shard), lambda tar: read_members(tar, self.place(i), wanted, strong))
-        return read_members(self.folder / self.shards[shard].name, self.place(i), wanted, strong)
+        return read_members(self.tar(shard), self.place(i), wanted, strong)
 
     def sample(self, i: int, pictures: bool = False, finite: bool = False) -> Sample:
         """Read one sample; tensors as they were stored, pictures only when asked for.
@@ -507,6 +508,16 @@ class ShardSet:
         kinds = MEMBERS if pictures else UNSEEN
         return unpack(self.keys[i], self.members(i, kinds), self.place(i), finite)
 
+    def announce(self, i: int, pictures: bool = False) -> None:
+        """Say that a sample is read soon, to a kernel that can fetch it meanwhile.
+
+        Raises:
+            DataError: the shard is missing, or its index is damaged.
+        """
+        if not is_remote(self.folder):
+            shard, row = self.locate(i)
+            announce_members(self.tar(shard), self.index(shard).members(row, MEMBERS if pictures else UNSEEN))
+
     def _read_index(self, shard: int) -> Index:
         """A shard's index, held against the manifest."""
         info = self.shards[shard]
@@ -517,9 +528,11 @@ class ShardSet:
             raise DataError(f"does not hold {info.samples} samples", where=str(path), fix=REDO)
         return index
 
+    def _tar(self, shard: int) -> Place:
+        return self.folder / self.shards[shard].name
+
     def _remote(self, shard: int) -> Remote:
-        info = self.shards[shard]
-        at = self.folder / info.name
+        info, at = self.shards[shard], self.tar(shard)
         assert is_remote(at)
         return Remote(at, info.bytes, info.index, lambda tar: check_members(tar, self.index(shard)))
 

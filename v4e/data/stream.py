@@ -4,8 +4,9 @@ What stands at a position of a run, counted over all epochs, :mod:`v4e.data.mixt
 the step, so there is nothing to save and nothing to get wrong on resuming.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
@@ -77,8 +78,9 @@ class Stream:
         self.quarantined: dict[str, str] = {}
         self._damaged: dict[Spot, str] = {}  # as found by the reader, which is a step ahead
         self._pictures, self._cache = pictures, _Cache(cache)
+        self._workers = workers
         self._readers = ThreadPoolExecutor(workers, thread_name_prefix="v4e-stream")
-        self._ahead: tuple[int, _Begun] | None = None
+        self._ahead: tuple[int, list[Future[_Read]]] | None = None
         self._downloads = self._look_ahead()
 
     def step(self, step: int) -> list[Slice]:
@@ -87,11 +89,10 @@ class Stream:
         Raises:
             DataError: not one sample of the set can be read.
         """
-        begun = self._take(step)
-        slices = [_slice(piece) for piece in begun]
-        self._note_damage(begun)
+        read = {p: found for part in self._take(step) for p, found in part.result().items()}
+        self._note_damage(read)
         self._ahead = step + 1, self._begin(step + 1)
-        return slices
+        return [_slice(positions, [read[p] for p in positions]) for positions in self._positions(step)]
 
     def keys_of(self, step: int) -> list[str]:
         """Names of a whole step over all ranks, in global order; reads no sample."""
@@ -101,14 +102,23 @@ class Stream:
         """Stop reading ahead."""
         self._readers.shutdown(wait=True, cancel_futures=True)
 
-    def _take(self, step: int) -> "_Begun":
+    def _take(self, step: int) -> "list[Future[_Read]]":
         return self._ahead[1] if self._ahead and self._ahead[0] == step else self._begin(step)
 
-    def _begin(self, step: int) -> "_Begun":
-        """Ask for this rank's samples of a step, and for shards of those after it."""
+    def _begin(self, step: int) -> "list[Future[_Read]]":
+        """Ask for this rank's samples of a step, a share of them from each reader, and for shards of those after it."""
         if self._downloads:
             self._downloads.move(step)
-        return [{p: self._readers.submit(self._at, p) for p in positions} for positions in self._positions(step)]
+        every = [p for positions in self._positions(step) for p in positions]
+        shares = (every[n :: self._workers] for n in range(min(self._workers, len(every))))
+        return [self._readers.submit(self._read_all, share) for share in shares]
+
+    def _read_all(self, positions: Sequence[int]) -> "_Read":
+        """One reader's share of a step; where a disk has to fetch it, it fetches all of it at once."""
+        for spot in map(self.order.__getitem__, positions):
+            with suppress(DataError):  # the reading says it
+                self.mixture.sets[spot.set].announce(spot.index, self._pictures)
+        return {p: self._at(p) for p in positions}
 
     def _positions(self, step: int) -> list[range]:
         return slice_positions(step, self.batch, self.micro_batch, self.rank, self.world)
@@ -125,8 +135,8 @@ class Stream:
             if shards.cache:
                 yield shards.remote(shards.locate(index)[0])
 
-    def _note_damage(self, begun: "_Begun") -> None:
-        bad = [self.order[p] for piece in begun for p, future in piece.items() if not future.result()[1]]
+    def _note_damage(self, read: "_Read") -> None:
+        bad = [self.order[p] for p, (_, weight) in read.items() if not weight]
         self.quarantined |= {self.mixture.name(spot): self._damaged[spot] for spot in sorted(bad)}
 
     def _at(self, position: int) -> tuple[Sample, float]:
@@ -158,12 +168,11 @@ class Stream:
         return sample
 
 
-_Begun = list[dict[int, "Future[tuple[Sample, float]]"]]  # of each micro-batch: position -> sample and weight
+_Read = dict[int, tuple[Sample, float]]  # position -> sample and weight
 
 
-def _slice(begun: Mapping[int, "Future[tuple[Sample, float]]"]) -> Slice:
-    pairs = [future.result() for future in begun.values()]
-    return Slice(tuple(s for s, _ in pairs), tuple(w for _, w in pairs), tuple(begun))
+def _slice(positions: Sequence[int], pairs: Sequence[tuple[Sample, float]]) -> Slice:
+    return Slice(tuple(s for s, _ in pairs), tuple(w for _, w in pairs), tuple(positions))
 
 
 class _Cache:
