@@ -88,9 +88,7 @@ FIGURES = {
     "memory_slope": Figure("MB a training process grows by in 1,000 steps", high=1),
     "ingest_ratio": Figure("ingest and verify against decoding the same pictures, processor time", low=0.8),
     "ingest_ratio_wall": Figure("the same by the clock"),
-    "read_ratio": Figure(
-        "shards to batches against a raw read and parsing, cold cache, by the clock", low=0.8
-    ),
+    "read_ratio": Figure("shards to batches against a raw read and parsing, cold cache, by the clock", low=0.8),
     "read_ratio_cpu": Figure("the same, processor time"),
     "read_ratio_threads": Figure("the same by the clock, where the raw read has as many threads"),
     "read_ratio_warm": Figure("the same from a warm cache, by the clock"),
