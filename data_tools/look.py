@@ -4,15 +4,10 @@ The page holds its pictures and needs neither network nor script; samples are ch
 """
 
 import argparse
-import base64
-import html
-import io
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from data_tools import figures
@@ -20,10 +15,11 @@ from data_tools.stats import MEASURES, UNITS, Row, Stats, evolving, spread, stat
 from data_tools.verify import codec_of
 from v4e import flow
 from v4e.data.disk import writable, write_atomically
-from v4e.data.members import to_png
 from v4e.data.places import Place, make_folder, place
 from v4e.data.shards import ShardSet
 from v4e.errors import DataError
+from v4e.eval import markup
+from v4e.eval.markup import Group, text
 from v4e.journal import progress
 from v4e.nouns import Clip, Rollout, Sample
 from v4e.verbs import Codec
@@ -67,14 +63,14 @@ def look(
     body = [
         *_head(whole, found),
         *_figures(found, measured, worst),
-        *_chooser([*worst, *others]),
+        *markup.chooser([_groups(row) for row in (*worst, *others)], "arrow keys step through"),
         *_samples("Furthest from the edited image", whole, worst, codec),
         *_samples("Others, evenly spread", whole, others, codec),
         *_foot(whole, found),
     ]
     with writable(page.parent):
         make_folder(page.parent)
-        write_atomically(page, _page(whole.folder.name, body).encode())
+        write_atomically(page, markup.page(whole.folder.name, body, STYLE))
     return page
 
 
@@ -90,12 +86,9 @@ def _head(whole: ShardSet, found: Stats) -> Iterator[str]:
         (f"{clip.W} × {clip.H}", f"{clip.T} frames, teacher {teacher.T if teacher else 0}"),
         (f"{found.counted:,}", "measured"),
     ]
-    cells = "".join(f"<div><b>{_text(value)}</b><span>{_text(name)}</span></div>" for value, name in tiles)
-    yield f"<header><p class=path>{_text(whole.folder)}</p><h1>{_text(whole.folder.name)}</h1>"
-    yield f"<div class=tiles>{cells}</div></header>"
+    yield markup.header(str(whole.folder), whole.folder.name, tiles)
     if found.damaged:
-        lines = "".join(f"<li>{_text(line)}" for line in found.damaged[:20])
-        yield f"<div class=damaged><b>{len(found.damaged)} could not be read</b><ul>{lines}</ul></div>"
+        yield markup.damaged(f"{len(found.damaged)} could not be read", found.damaged[:20])
 
 
 def _figures(found: Stats, measured: Sequence[Row], worst: Sequence[Row]) -> Iterator[str]:
@@ -103,50 +96,23 @@ def _figures(found: Stats, measured: Sequence[Row], worst: Sequence[Row]) -> Ite
     counted = sorted(found.counts["task"].items(), key=lambda item: (families.get(item[0], ""), -item[1]))
     bars = figures.counts([(task or "(none)", n, families.get(task, "")) for task, n in counted])
     named = [(family, n) for family, n in found.counts["family"].items() if family]
-    legend = " &ensp; ".join(f"<i class={_text(family)}></i>{_text(family)} {n:,}" for family, n in named)
-    yield f"<div class=figures><figure><h3>Tasks</h3><p>{legend or 'Samples of each task.'}</p>{bars}</figure>"
+    legend = " &ensp; ".join(f"<i class={text(family)}></i>{text(family)} {n:,}" for family, n in named)
+    said = legend or "Samples of each task."
+    yield f"<div class=figures><figure class=card><h3>Tasks</h3><p>{said}</p>{bars}</figure>"
     for name, spreads in found.spreads.items():
         title = f"{name.capitalize()}{f', {UNITS[name]}' if UNITS[name] else ''}"
         worst_first = 1 if name == "fidelity" else -1
         tasks = sorted(spreads.keys() - {"all"}, key=lambda t: worst_first * spreads[t].quantiles["median"])
         by_task = {task: (spreads[task], families.get(task, "")) for task in tasks}
         drawn = figures.distribution(values_of(measured, name), by_task, values_of(worst, name))
-        yield f"<figure><h3>{title}</h3><p>{SAID[name]}</p>{drawn}</figure>"
+        yield f"<figure class=card><h3>{title}</h3><p>{SAID[name]}</p>{drawn}</figure>"
     yield "</div>"
 
 
 def _foot(whole: ShardSet, found: Stats) -> Iterator[str]:
     counts = [(kind, name, n) for kind in ("dataset", "writer") for name, n in found.counts[kind].items()]
     origin = {f"{kind}: {name or '(none)'}": f"{n:,} of {found.counted:,} measured" for kind, name, n in counts}
-    rows = {**whole.meta.settings, **origin, "identity": whole.identity}
-    cells = "".join(f"<tr><td>{_text(k)}<td>{_text(v)}" for k, v in rows.items())
-    yield f"<details><summary>Settings</summary><table>{cells}</table></details>"
-
-
-# ------------------------------------------------------------------------------------------------------ choosing
-
-
-def _chooser(shown: Sequence[Row]) -> Iterator[str]:
-    """A row of radio buttons, one a task and a family, and the rules by which each hides the other samples."""
-    tasks, families = Counter(r.task for r in shown), Counter(r.family for r in shown if r.family)
-    groups = [("all", "", len(shown)), *((f, _family(f), n) for f, n in sorted(families.items()))]
-    groups += [(t or "(none)", _task(t), n) for t, n in sorted(tasks.items())]
-    hidden = "section:not(:has(>.{0})),body:has(#{0}:checked) .group:not(:has(.{0})){{display:none}}"
-    rules = (f"body:has(#{c}:checked) {hidden.format(c)}" for _, c, _ in groups if c)
-    yield f"<style>{''.join(rules)}</style><nav aria-label='Choose a task'>"
-    for name, code, n in groups:
-        checked = "" if code else " checked"
-        yield f"<input type=radio name=task id={code or 'every'}{checked}><label for={code or 'every'}>"
-        yield f"{_text(name)} <small>{n}</small></label>"
-    yield "<span>arrow keys step through</span></nav>"
-
-
-def _task(name: str) -> str:
-    return "t-" + name.encode().hex()
-
-
-def _family(name: str) -> str:
-    return "f-" + name.encode().hex()
+    yield markup.settings({**whole.meta.settings, **origin, "identity": whole.identity}.items())
 
 
 # ------------------------------------------------------------------------------------------------------- samples
@@ -163,13 +129,16 @@ def _sample(whole: ShardSet, row: Row, codec: Codec | None) -> str:
     try:
         sample = whole.sample(row.number, pictures=True)
     except DataError as error:
-        return f"<section><div class=damaged>{_text(error)}</div></section>"
+        return markup.section((), f"<div class=damaged>{text(error)}</div>")
     strips = "".join(_strip(name, pictures) for name, pictures in _strips(sample, codec) if pictures)
-    tags = f"<em class={_text(row.family)}>{_text(row.task or 'no task')}</em>{_measures(row)}"
-    words = f"<h3>{_text(sample.instruction)}</h3><p>{_text(sample.evolution)}</p>"
-    quiet = f"<div class=tags>{tags}<code>{_text(row.key)}</code></div>"
-    classes = f"{_task(row.task)} {_family(row.family)}" if row.family else _task(row.task)
-    return f"<section><i class='{classes}' hidden></i><div class=words>{words}{quiet}</div>{strips}</section>"
+    tags = f"<em class={text(row.family)}>{text(row.task or 'no task')}</em>{_measures(row)}"
+    words = f"<h3>{text(sample.instruction)}</h3><p>{text(sample.evolution)}</p>"
+    quiet = f"<div class=tags>{tags}<code>{text(row.key)}</code></div>"
+    return markup.section(_groups(row), f"<div class=words>{words}{quiet}</div>{strips}")
+
+
+def _groups(row: Row) -> list[Group]:
+    return [Group("task", row.task), *([Group("family", row.family)] if row.family else [])]
 
 
 def _measures(row: Row) -> str:
@@ -217,36 +186,8 @@ def _decode(codec: Codec, z_Cthw: Tensor) -> Clip:
 
 
 def _strip(name: str, pictures: Iterable[tuple[str, Clip]]) -> str:
-    return f"<div class='strip {name}'>{''.join(_figure(clip, caption) for caption, clip in pictures)}</div>"
-
-
-def _figure(clip: Clip, name: str) -> str:
-    kind, content = _thumbnail(to_png(clip))
-    data = base64.b64encode(content).decode()
-    tiny = " class=tiny" if max(clip.size) < THUMBNAIL // 2 else ""
-    caption = f"<figcaption>{_text(name)}</figcaption>"
-    return f'<figure><img{tiny} alt="{_text(name)}" src="data:image/{kind};base64,{data}">{caption}</figure>'
-
-
-def _thumbnail(png: bytes) -> tuple[str, bytes]:
-    """A picture of the page: small ones to the pixel, large ones reduced."""
-    with Image.open(io.BytesIO(png)) as picture:
-        if max(picture.size) <= THUMBNAIL:
-            return "png", png
-        picture.thumbnail((THUMBNAIL, THUMBNAIL))
-        buffer = io.BytesIO()
-        picture.save(buffer, "JPEG", quality=88)
-    return "jpeg", buffer.getvalue()
-
-
-def _page(title: str, body: Iterable[str]) -> str:
-    view = '<meta name=viewport content="width=device-width">'
-    head = f"<meta charset=utf-8>{view}<title>{_text(title)}</title><style>{STYLE}</style>"
-    return f"<!doctype html><html lang=en><head>{head}</head><body>{''.join(body)}</body></html>"
-
-
-def _text(value: object) -> str:
-    return html.escape(str(value))
+    shown = (markup.figure(clip, caption, THUMBNAIL) for caption, clip in pictures)
+    return f"<div class='strip {name}'>{''.join(shown)}</div>"
 
 
 # --------------------------------------------------------------------------------------------------------- verb

@@ -3,25 +3,21 @@
 The page holds its pictures and needs neither network nor script; edits are chosen by task with the style sheet alone.
 """
 
-import base64
-import html
-import io
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from PIL import Image
 
 from v4e.data.disk import write_atomically
-from v4e.data.members import to_png
+from v4e.eval import markup
+from v4e.eval.markup import Group, text
 from v4e.eval.measures import measure_of
 from v4e.eval.own import COPY, Known, Scored, output_of
 from v4e.eval.run import OVERALL, Case, grouped, mean
 from v4e.eval.summary import LISTED, REGION_TITLES, Row, Summary, explain, figure, sentences
 from v4e.eval.triplets import Edits
 from v4e.nouns import Clip
-from v4e.pipelines import as_image
 
 PAGE = "index.html"
 THUMBNAIL = 256  # pixels of the longer side
@@ -41,9 +37,11 @@ def write_page(summary: Summary, edits: Edits, folder: Path, student: str, shown
     ranked = worst_first(summary, student)[:shown]
     order = {known.id: rank for rank, known in enumerate(worst_first(summary, student, in_turn=False))}
     ranked.sort(key=lambda known: order[known.id])
-    body = [*_head(summary, student), *_tables(summary), *_chooser(ranked)]
+    body = [*_head(summary, student), *_tables(summary), "<h2>Edits, the worst first</h2>"]
+    body += markup.chooser([_groups(known) for known in ranked])
     body += [_edit(known, summary, edits, folder) for known in ranked]
-    write_atomically(folder / PAGE, _page(str(summary.about["model"]), [*body, *_foot(summary)]).encode())
+    body += _foot(summary)
+    write_atomically(folder / PAGE, markup.page(f"{summary.about['model']}: evaluation", body, STYLE))
 
 
 def worst_first(summary: Summary, student: str, in_turn: bool = True) -> list[Known]:
@@ -81,16 +79,15 @@ def _head(summary: Summary, student: str) -> Iterator[str]:
         (f"{lead:+.1f} dB", "over a copy of the input"),
         (f"{figure(row, 'keep_psnr') or '–'} dB", "PSNR everywhere else"),
     ]
-    cells = "".join(f"<div><b>{_text(value)}</b><span>{_text(name)}</span></div>" for value, name in tiles)
-    yield f"<header><p class=path>{_text(summary.about['model'])} on {_text(summary.about['data'])}</p>"
-    yield f"<h1>Evaluation</h1><div class=tiles>{cells}</div></header>"
+    yield markup.header(f"{summary.about['model']} on {summary.about['data']}", "Evaluation", tiles)
     if made.refused:
-        lines = "".join(f"<li>{_text(r.name)}: {_text(r.error)}" for r in made.refused[:LISTED])
-        yield f"<div class=damaged><b>{len(made.refused)} could not be used</b><ul>{lines}</ul></div>"
+        yield markup.damaged(
+            f"{len(made.refused)} could not be used", (f"{r.name}: {r.error}" for r in made.refused[:LISTED])
+        )
 
 
 def _tables(summary: Summary) -> Iterator[str]:
-    said = _text(sentences(summary)[-1].replace("`", ""))
+    said = text(sentences(summary)[-1].replace("`", ""))
     yield f"<div class=card><h3>Methods</h3><p>{said}</p>{_method_table(summary)}</div>"
     yield "<div class=pair>"
     for kind, title in (("tasks", "Tasks"), ("families", "Families")):
@@ -107,23 +104,23 @@ def _method_table(summary: Summary) -> str:
         f"<th colspan={len(cs)} class=first>{t}" for (r, t) in REGION_TITLES.items() if (cs := by_region[r])
     )
     columns = [(c, c == cs[0]) for cs in by_region.values() for c in cs]
-    heads = "".join(f"<th title='{_text(explain(c))}'{_first(f)}>{_text(measure_of(c).title)}" for c, f in columns)
+    heads = "".join(f"<th title='{text(explain(c))}'{_first(f)}>{text(measure_of(c).title)}" for c, f in columns)
     lines = ""
     for row in summary.rows:
         if row.kind == OVERALL and row.seed is None:
-            cells = "".join(f"<td{_first(f)}>{_text(figure(row, c))}" for c, f in columns)
-            lines += f"<tr><td>{_text(_called(row.method, row.steps))}{cells}<td>{row.n:,}"
+            cells = "".join(f"<td{_first(f)}>{text(figure(row, c))}" for c, f in columns)
+            lines += f"<tr><td>{text(_called(row.method, row.steps))}{cells}<td>{row.n:,}"
     return f"<div class=wide><table><tr><th>{spans}<th><tr><th>method{heads}<th>n{lines}</table></div>"
 
 
 def _group_table(summary: Summary, kind: str) -> str:
-    heads = "".join(f"<th>{_text(m)}" for m in summary.methods)
+    heads = "".join(f"<th>{text(m)}" for m in summary.methods)
     lines = ""
     for group in summary.groups(kind):
         rows = [summary.row(method, group, kind) for method in summary.methods]
         best = max((r.means["edit_psnr"] or 0.0) for r in rows if r)
         cells = "".join(_bar(row, best) for row in rows)
-        lines += f"<tr><td>{_text(group)}{cells}<td>{max(r.n for r in rows if r):,}"
+        lines += f"<tr><td>{text(group)}{cells}<td>{max(r.n for r in rows if r):,}"
     return f"<div class=wide><table class=bars><tr><th>{kind}{heads}<th>n{lines}</table></div>"
 
 
@@ -132,45 +129,20 @@ def _bar(row: Row | None, best: float) -> str:
         return "<td>"
     share = max(0.0, row.means["edit_psnr"]) / best * 100 if best > 0 else 0.0
     strong = " class=best" if row.means["edit_psnr"] == best else ""
-    return f"<td{strong}>{_text(figure(row, 'edit_psnr'))}<i style='width:{share:.0f}%'></i>"
+    return f"<td{strong}>{text(figure(row, 'edit_psnr'))}<i style='width:{share:.0f}%'></i>"
 
 
 def _foot(summary: Summary) -> Iterator[str]:
-    told = "".join(f"<tr><td>{_text(c)}<td>{_text(explain(c))}" for c in summary.columns)
-    told += "".join(f"<tr><td>{_text(name)}<td>{_text(sentence)}" for name, sentence in summary.absent.items())
-    rows = "".join(f"<tr><td>{_text(k)}<td>{_text(v)}" for k, v in summary.about.items())
-    yield f"<details><summary>What is measured</summary><table>{told}</table></details>"
-    yield f"<details><summary>Settings</summary><table>{rows}</table></details>"
-
-
-# ------------------------------------------------------------------------------------------------------- choosing
-
-
-def _chooser(shown: Sequence[Known]) -> Iterator[str]:
-    """A row of radio buttons, one a task and a family, and the rules by which each hides the other edits."""
-    groups = Counter(code for known in shown for code in _codes(known))
-    names = {_code("family", f): f for known in shown for f in known.families}
-    names |= {_code("task", known.task): known.task or "(none)" for known in sorted(shown, key=lambda k: k.task)}
-    rules = (f"body:has(#{code}:checked) section:not(.{code}){{display:none}}" for code in names)
-    yield "<h2>Edits, the worst first</h2>"
-    yield f"<style>{''.join(rules)}</style><nav aria-label='Choose a task'>"
-    for code, name, count in [("every", "all", len(shown)), *((c, n, groups[c]) for c, n in names.items())]:
-        checked = " checked" if code == "every" else ""
-        yield f"<input type=radio name=task id={code}{checked}>"
-        yield f"<label for={code}>{_text(name)} <small>{count}</small></label>"
-    yield "</nav>"
-
-
-def _codes(known: Known) -> list[str]:
-    return [_code("task", known.task), *(_code("family", f) for f in known.families)]
-
-
-def _code(kind: str, name: str) -> str:
-    """A legal class name, whatever the data calls it."""
-    return f"{kind[0]}-{name.encode().hex()}"
+    told = [*((c, explain(c)) for c in summary.columns), *summary.absent.items()]
+    yield markup.settings(told, "What is measured")
+    yield markup.settings(summary.about.items())
 
 
 # ------------------------------------------------------------------------------------------------------- edits
+
+
+def _groups(known: Known) -> list[Group]:
+    return [Group("task", known.task), *(Group("family", f) for f in known.families)]
 
 
 def _edit(known: Known, summary: Summary, edits: Edits, folder: Path) -> str:
@@ -178,22 +150,23 @@ def _edit(known: Known, summary: Summary, edits: Edits, folder: Path) -> str:
     case = edits.case(known.number)
     cells = _cells(known, summary)
     family = known.families[0] if known.families else ""
-    tags = f"<em class='{_text(family)}'>{_text(known.task or 'no task')}</em><span>{known.edited:.0%} edited</span>"
-    words = f"<h3>{_text(known.instruction)}</h3><div class=tags>{tags}<code>{_text(known.id)}</code></div>"
+    tags = f"<em class='{text(family)}'>{text(known.task or 'no task')}</em><span>{known.edited:.0%} edited</span>"
+    words = f"<h3>{text(known.instruction)}</h3><div class=tags>{tags}<code>{text(known.id)}</code></div>"
     pictures = [
-        _figure(case.source, "source", _scores(cells.get(COPY))),
-        _figure(case.target, "target", ""),
-        _figure(_dimmed(case), "where it counts as edited", ""),
+        markup.figure(case.source, "source", THUMBNAIL, _scores(cells.get(COPY))),
+        markup.figure(case.target, "target", THUMBNAIL),
+        markup.figure(_dimmed(case), "where it counts as edited", THUMBNAIL),
         *_outputs(known, case, summary, cells, folder),
     ]
-    return f"<section class='{' '.join(_codes(known))}'>{words}<div class=strip>{''.join(pictures)}</div></section>"
+    return markup.section(_groups(known), f"{words}<div class=strip>{''.join(pictures)}</div>")
 
 
 def _outputs(known: Known, case: Case, summary: Summary, cells: Cells, folder: Path) -> Iterator[str]:
     for subject in summary.evaluation.subjects:
         if subject.open is not None:
             made = output_of(subject, summary.headline, subject.seeds[0], known, case.source, folder)
-            yield _figure(made, _called(subject.name, summary.headline), _scores(cells.get(subject.name)))
+            name, said = _called(subject.name, summary.headline), _scores(cells.get(subject.name))
+            yield markup.figure(made, name, THUMBNAIL, said)
 
 
 def _cells(known: Known, summary: Summary) -> Cells:
@@ -219,24 +192,6 @@ def _dimmed(case: Case) -> Clip:
 # ------------------------------------------------------------------------------------------------------- pieces
 
 
-def _figure(clip: Clip, name: str, said: str) -> str:
-    kind, content = _thumbnail(clip)
-    data = base64.b64encode(content).decode()
-    tiny = " class=tiny" if max(clip.size) < THUMBNAIL // 2 else ""
-    caption = f"<figcaption>{_text(name)}<span>{said}</span></figcaption>"
-    return f'<figure><img{tiny} alt="{_text(name)}" src="data:image/{kind};base64,{data}">{caption}</figure>'
-
-
-def _thumbnail(clip: Clip) -> tuple[str, bytes]:
-    """A picture of the page: small ones to the pixel, large ones reduced."""
-    if max(clip.size) <= THUMBNAIL:
-        return "png", to_png(clip.frame(-1))
-    picture, buffer = as_image(clip), io.BytesIO()
-    picture.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
-    picture.save(buffer, "JPEG", quality=88)
-    return "jpeg", buffer.getvalue()
-
-
 def _called(method: str, steps: int) -> str:
     return f"{method}, {_steps(steps)}" if steps else method
 
@@ -251,13 +206,3 @@ def _region(column: str) -> str:
 
 def _first(yes: bool) -> str:
     return " class=first" if yes else ""
-
-
-def _page(title: str, body: Iterable[str]) -> str:
-    view = '<meta name=viewport content="width=device-width">'
-    head = f"<meta charset=utf-8>{view}<title>{_text(title)}: evaluation</title><style>{STYLE}</style>"
-    return f"<!doctype html><html lang=en><head>{head}</head><body>{''.join(body)}</body></html>"
-
-
-def _text(value: object) -> str:
-    return html.escape(str(value))
