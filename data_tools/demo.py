@@ -16,12 +16,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from data_tools import evolve, ingest, verify, world
-from data_tools.rollout import NO_TEACHER, RolloutConfig, rollout
+from data_tools.rollout import NO_TEACHER, TYPES, RolloutConfig, rollout
 from v4e import config as settings_of
 from v4e.data.disk import agree, read_bytes, to_json, writable, write_atomically
 from v4e.errors import CheckpointError, TrainingError
@@ -60,6 +61,7 @@ class DemoConfig:
         seeds: sampling seeds of the evaluation.
         step_counts: solver steps to evaluate; ``headline``: the one that the bars are about.
         teacher_steps: solver steps of the teacher row, whose guidance is the roll-out's.
+        dtype: of the weights of the students that are evaluated.
         rollout: the roll-out's own settings; its teacher, sizes and seed follow from those above.
     """
 
@@ -80,6 +82,7 @@ class DemoConfig:
     step_counts: tuple[int, ...] = (1, 2, 4, 8, 50)
     headline: int = 4
     teacher_steps: int = 8
+    dtype: Literal["fp32", "bf16"] = "bf16"
     batch: int = 22
     rollout: RolloutConfig = field(
         default_factory=lambda: RolloutConfig(
@@ -397,7 +400,8 @@ def methods(demo: DemoConfig) -> list[Method]:
 
 def editor(folder: Path, demo: DemoConfig) -> run.Edit:
     """A student as the evaluator wants it; loaded when first used."""
-    load = cache(lambda: EditPipeline.from_pretrained(folder, attention=demo.rollout.attention))
+    how: Any = {"dtype": TYPES[demo.dtype], "attention": demo.rollout.attention}
+    load = cache(lambda: EditPipeline.from_pretrained(folder, **how))
 
     def edit(images: Sequence[Clip], instructions: Sequence[str], seeds: Sequence[int], steps: int) -> list[Clip]:
         return load().edit_batch(
