@@ -1,6 +1,7 @@
-"""The door: `v4e demo | train | edit | eval | export | ablate | plan | doctor`, and `python -m v4e.cli` for launchers.
+"""The door: `v4e demo | train | edit | app | eval | export | ablate | plan | doctor`.
 
-Rooms are imported when a verb needs them, so that `v4e --help` and a mistyped path answer at once.
+`python -m v4e.cli` is the same door for launchers. Rooms are imported when a verb needs them, so that `v4e --help` and
+a mistyped path answer at once.
 """
 
 import argparse
@@ -43,7 +44,17 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="v4e", description="Video models as few-step image editors.")
     top.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # launchers put it before the verb
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=_Verb)
-    for add in (_add_demo, _add_train, _add_edit, _add_eval, _add_export, _add_ablate, _add_plan, _add_doctor):
+    for add in (
+        _add_demo,
+        _add_train,
+        _add_edit,
+        _add_app,
+        _add_eval,
+        _add_export,
+        _add_ablate,
+        _add_plan,
+        _add_doctor,
+    ):
         add(verbs)
     return top
 
@@ -101,6 +112,15 @@ def edit(args: argparse.Namespace) -> int:
         print(json.dumps(photos.recipe_in(photos.fetch(args.recipe), args.recipe), indent=2, ensure_ascii=False))
         return 0
     return _edit_batch(args) if args.batch else _edit_one(args)
+
+
+def app(args: argparse.Namespace) -> int:
+    """The editor as a page in a browser, until interrupted."""
+    from v4e.app import require_gradio, serve
+
+    require_gradio()  # before a model is loaded
+    serve(_studio(args), args.host, args.port)
+    return 0
 
 
 def evaluate(args: argparse.Namespace) -> int:
@@ -172,7 +192,6 @@ def _add_edit(verbs) -> None:
     verb.add_argument("instruction", nargs="?", help='what to change, such as "make it snow"')
     verb.add_argument("--batch", metavar="JOBS", help="jsonl file whose lines name photo and instruction, and more")
     verb.add_argument("--recipe", metavar="FILE", help="print how an edit was made, as its file says")
-    verb.add_argument("--model", help="diffusers folder or Hub id; the embedded nano student by default")
     verb.add_argument("-o", "--output", help="picture to write, edited.png; with --batch a folder, edited")
     verb.add_argument("--seed", type=int, default=0)
     verb.add_argument("--steps", type=_positive, help="solver steps; the model's card says how many by default")
@@ -183,13 +202,16 @@ def _add_edit(verbs) -> None:
         "--reasoning-frames", type=_positive, default=0, help="imagine a longer clip at first, such as 29"
     )
     verb.add_argument("--reasoning-steps", type=_positive, default=0, help="for so many steps")
-    verb.add_argument("--device", help="torch device; a GPU where there is one by default")
-    verb.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the weights")
-    offload = ("none", "model", "sequential")
-    verb.add_argument("--offload", choices=offload, default="none", help="keep one part, or one layer, on the GPU")
-    verb.add_argument("--vae-tiling", action="store_true", help="decode in tiles, for large pictures on a small GPU")
-    verb.add_argument("--vae-slicing", action="store_true", help="decode one sample at a time")
+    _add_model(verb)
     verb.set_defaults(run=edit)
+
+
+def _add_app(verbs) -> None:
+    verb = verbs.add_parser("app", help="edit photographs on a page in a browser")
+    verb.add_argument("--host", default="127.0.0.1", help="address to serve at; this machine alone by default")
+    verb.add_argument("--port", type=_port, help="the first free one from 7860 on by default")
+    _add_model(verb)
+    verb.set_defaults(run=app)
 
 
 def _add_eval(verbs) -> None:
@@ -261,6 +283,17 @@ def _add_doctor(verbs) -> None:
     verb.set_defaults(run=doctor)
 
 
+def _add_model(verb: argparse.ArgumentParser) -> None:
+    """The model that edits, and how it is fitted into memory."""
+    verb.add_argument("--model", help="diffusers folder or Hub id; the embedded nano student by default")
+    verb.add_argument("--device", help="torch device; a GPU where there is one by default")
+    verb.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the weights")
+    offload = ("none", "model", "sequential")
+    verb.add_argument("--offload", choices=offload, default="none", help="keep one part, or one layer, on the GPU")
+    verb.add_argument("--vae-tiling", action="store_true", help="decode in tiles, for large pictures on a small GPU")
+    verb.add_argument("--vae-slicing", action="store_true", help="decode one sample at a time")
+
+
 def _add_overrides(verb: argparse.ArgumentParser, example: str) -> None:
     verb.add_argument("overrides", nargs="*", metavar="key=value", help=f"settings, such as {example}")
 
@@ -275,6 +308,12 @@ def _is_setting(word: str) -> bool:
 def _positive(text: str) -> int:
     if (value := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    return value
+
+
+def _port(text: str) -> int:
+    if (value := int(text)) not in range(1, 1 << 16):
+        raise argparse.ArgumentTypeError(f"{value} is no port, which are 1 to 65535")
     return value
 
 

@@ -163,8 +163,8 @@ def _inside(name: str) -> Path:
 def _named(photo: str, number: int, folder: Path) -> Path:
     """The line's number and the photograph's name, in its own format where that is written."""
     name = Path(photos.tidy_name(photo))
-    suffix = Path(photo.partition("?")[0]).suffix.lower()
-    return folder / f"{number:06d}-{name}{suffix if suffix in photos.KINDS else '.png'}"
+    suffix = photos.written(Path(photo.partition("?")[0]).suffix.lower())
+    return folder / f"{number:06d}-{name}{suffix}"
 
 
 def _is_scale(value: object) -> bool:

@@ -262,6 +262,11 @@ def kind_of(path: Path) -> Kind:
     )
 
 
+def written(suffix: str) -> str:
+    """A file's ending where its format is one that is written, and PNG's for the others."""
+    return suffix if suffix in KINDS else ".png"
+
+
 def encode(rgb: Image.Image, path: Path, recipe: bytes, source: Photo | None = None) -> bytes:
     """An edit as the file that ``path`` names, with the recipe in its EXIF.
 

@@ -105,9 +105,17 @@ class Studio:
             DataError: the photograph's shape or the instruction is beyond the model.
             StopError: the device's memory is full.
         """
+        return files_of(self.imagine(job, photo, progress), job, photo, recipe)
+
+    def imagine(self, job: Job, photo: photos.Photo, progress: Callable[[int], None] = lambda done: None) -> Clip:
+        """An edit at the model's size: all frames where the job asks for them, and otherwise the last alone.
+
+        Raises:
+            DataError, StopError: as above.
+        """
         ask = job.settings
         with _about(job), _enough_memory():
-            clip = self.pipeline.photo_clip(
+            return self.pipeline.photo_clip(
                 photo.rgb,
                 job.instruction,
                 seed=ask.seed,
@@ -118,9 +126,24 @@ class Studio:
                 reasoning_steps=ask.reasoning_steps,
                 progress=progress,
             )
-        full = as_image(clip).resize(photo.rgb.size, Image.Resampling.LANCZOS)
-        evolution = {job.frames_output: _evolution(clip, job, photo.rgb.size, recipe)} if ask.frames else {}
-        return {**evolution, job.output: photos.encode(full, job.output, recipe, photo)}
+
+
+def files_of(clip: Clip, job: Job, photo: photos.Photo, recipe: bytes) -> dict[Path, bytes]:
+    """A clip as the files that a job asks for, the edit itself last."""
+    full = as_image(clip).resize(photo.rgb.size, Image.Resampling.LANCZOS)
+    evolution = {job.frames_output: evolution_of(clip, job, photo.rgb.size, recipe)} if job.settings.frames else {}
+    return {**evolution, job.output: photos.encode(full, job.output, recipe, photo)}
+
+
+def evolution_of(clip: Clip, job: Job, size: tuple[int, int], recipe: bytes) -> bytes:
+    """All frames in the photograph's shape, as large as the model made them."""
+    height, width = clip.size
+    scale = (height * width / (size[0] * size[1])) ** 0.5
+    shape = max(2, round(size[0] * scale)), max(2, round(size[1] * scale))
+    frames = [as_image(clip.frame(i)).resize(shape, Image.Resampling.LANCZOS) for i in range(len(clip))]
+    if job.settings.frames == "strip":
+        return photos.encode(photos.strip(frames), job.frames_output, recipe)
+    return photos.animate(frames, job.frames_output, recipe)
 
 
 def settle(pipeline: EditPipeline, device: str, memory: Memory) -> None:
@@ -256,17 +279,6 @@ def _refusal(number: int, error: V4EError) -> bytes:
 
 
 # --------------------------------------------------------------------------------------------------- inside
-
-
-def _evolution(clip: Clip, job: Job, size: tuple[int, int], recipe: bytes) -> bytes:
-    """All frames in the photograph's shape, as large as the model made them."""
-    height, width = clip.size
-    scale = (height * width / (size[0] * size[1])) ** 0.5
-    shape = max(2, round(size[0] * scale)), max(2, round(size[1] * scale))
-    frames = [as_image(clip.frame(i)).resize(shape, Image.Resampling.LANCZOS) for i in range(len(clip))]
-    if job.settings.frames == "strip":
-        return photos.encode(photos.strip(frames), job.frames_output, recipe)
-    return photos.animate(frames, job.frames_output, recipe)
 
 
 @contextmanager
