@@ -55,8 +55,22 @@ def test_a_silent_rank_is_missed(monkeypatch):
     heard = {0: (b"", 100.0), 1: (b"", 100.0)}
     for second in range(0, 60, 2):
         now[0], beats["beat/0"] = 100.0 + second, str(second).encode()
-        told = _silent(store, heard)
+        told = _silent(store, heard, 0.0)
         assert told == ("no sign of life for 35 s from rank 1" if second > SILENCE_S else "")
+
+
+def test_a_job_that_was_stopped_as_a_whole_goes_on(monkeypatch):
+    """SIGSTOP to all ranks, for an hour: whoever wakes first has heard of nobody, and waits his 35 s from then on."""
+    now, beats = [100.0], {"beat/0": b"1", "beat/1": b"1"}
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    store = SimpleNamespace(multi_get=lambda keys: [beats[k] for k in keys])
+    heard = {0: (b"1", 100.0), 1: (b"1", 100.0)}
+    now[0] = 3700.0
+    assert _silent(store, heard, 3598.0) == ""
+    now[0] += SILENCE_S - 3
+    assert _silent(store, heard, 0.0) == ""
+    now[0] += 3
+    assert _silent(store, heard, 0.0) == "no sign of life for 35 s from rank 0, 1"
 
 
 def test_an_error_that_another_rank_caused_is_told_in_its_words():

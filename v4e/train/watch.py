@@ -66,12 +66,14 @@ class Watch:
 
     def _run(self, store: TCPStore) -> None:
         heard: dict[int, tuple[bytes, float]] = dict.fromkeys(range(self._ranks.world), (b"", time.monotonic()))
+        last = time.monotonic()
         for beat in count(1):
             if self._over.wait(BEAT_S):
                 return
+            asleep, last = time.monotonic() - last - BEAT_S, time.monotonic()
             try:
                 store.set(_beat(self._ranks.rank), str(beat))
-                told = self._failure(store) or _silent(store, heard)
+                told = self._failure(store) or _silent(store, heard, asleep)
             except RuntimeError:
                 told = "rank 0 is gone, and the job's store with it"
             if told and not self._over.wait(GRACE_S):
@@ -91,12 +93,17 @@ def _beat(rank: int) -> str:
     return f"beat/{rank}"
 
 
-def _silent(store: TCPStore, heard: dict[int, tuple[bytes, float]]) -> str:
-    """Note who beats; a sentence on those who have not for too long."""
+def _silent(store: TCPStore, heard: dict[int, tuple[bytes, float]], asleep: float) -> str:
+    """Note who beats; a sentence on those who have not for too long.
+
+    Args:
+        asleep: seconds in which this rank itself was stopped, as a scheduler or a closed lid stops a whole job. They
+            do not count: nobody could be heard in them.
+    """
     now = time.monotonic()
     for rank, beat in enumerate(store.multi_get([_beat(r) for r in heard])):
-        if beat != heard[rank][0]:
-            heard[rank] = beat, now
+        was, when = heard[rank]
+        heard[rank] = (was, when + max(0.0, asleep)) if beat == was else (beat, now)
     lost = [rank for rank, (_, when) in heard.items() if now - when > SILENCE_S]
     return f"no sign of life for {SILENCE_S:.0f} s from rank {', '.join(map(str, lost))}" if lost else ""
 
