@@ -105,9 +105,13 @@ def test_flops_by_hand():
 
 
 def test_passes_of_the_recipe():
-    assert plan.passes({"own_every": 4, "block_every": 2}, checkpointing=True) == (4.25, 0.5)
-    assert plan.passes({}, checkpointing=False) == (3.0, 1.0)
-    assert plan.passes({}, checkpointing=False, trained=0.01) == (2.01, 1.0)
+    assert plan.passes({"own_every": 4}, checkpointing=True) == 4.25
+    assert plan.passes({}, checkpointing=False) == 3.0
+    assert plan.passes({}, checkpointing=False, trained=0.01) == 2.01
+    assert plan.frozen_passes("teacher", {"block_every": 2}) == 0.5 and plan.frozen_passes("teacher", {}) == 1.0
+    assert plan.frozen_passes("prior", {"block_every": 2}) == 2.0
+    data = Data(Grid(5, 16, 16), Grid(9, 16, 16), 1)
+    assert (plan.met("teacher", data), plan.met("prior", data)) == (data.teacher, data.student)
 
 
 def test_traffic():

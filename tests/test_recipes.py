@@ -102,6 +102,7 @@ CASES = {
     "video4edit without blocks": (video4edit, {"student_blocks": (), "teacher_blocks": ()}, t_TEACHER),
     "video4edit, folded": (video4edit, {"attention": "matmul", "fold_text_padding": True}, t_TEACHER),
     "video4edit, recomputed": (video4edit, {"loop": Loop(steps=100, checkpointing=True)}, t_TEACHER),
+    "video4edit, guided": (video4edit, {"guidance": 3.0, "own_every": 5}, t_TEACHER),
     "i2v": (flow_matching, {}, t_TEACHER),
     "i2v from the teacher": (flow_matching, {"init": "flf2v"}, t_TEACHER),
     "flf2v from nothing": (
@@ -317,6 +318,52 @@ def test_own_states_come_every_so_often_and_leave_flow_matching_alone():
     ]  # fmt: skip
     mixed = replace(recipe, flow_share=1.0).losses(student, batch, draw(), "student", 2)
     assert told(mixed)["own"] == 0 and told(mixed)["flow"] > 0.1
+
+
+@pytest.mark.parametrize("step", [0, 1])
+def test_guidance_moves_every_target_by_what_the_prior_makes_of_the_evolution_prompt(step):
+    """Stored states and own ones: all terms are zero at data's velocity + (w - 1) (prior told - prior not told)."""
+    recipe, batch, offset = stored(bow=0.0, guidance=3.0, own_every=2)
+    told, empty = (draw(seed=s).normal("any", *batch.clip_BCthw.shape[1:]) for s in (5, 6))
+    seen = []
+
+    def prior(x, sigma, conditions, taps=()):
+        seen.append((x, sigma, conditions, torch.is_grad_enabled()))
+        return (told if len(seen) == 1 else empty,)
+
+    def student(x, sigma, conditions, taps=()):
+        asked.append((x, sigma))
+        unguided = flow.from_x0(x, batch.rollout.end_BCthw + offset, sigma)
+        return (unguided + 2.0 * (told - empty),)
+
+    asked = []
+    made = recipe.losses({"student": student, "prior": prior}, batch, draw(), "student", step)
+    terms = {name: term.item() for name, term in made.terms.items()}
+    assert terms == pytest.approx(dict.fromkeys(made.terms, 0.0), abs=1e-8)
+    (x, sigma, conditions, graded), (_, _, nothing, _) = seen
+    assert torch.equal(x, asked[-1][0]) and torch.equal(sigma, asked[-1][1]) and not graded
+    assert (
+        torch.equal(conditions.text_BLE[1], sample(1).encoded.evolution_LE) and conditions.words_B.tolist() == [5] * 3
+    )
+    assert torch.equal(nothing.text_BLE[1, :1], sample(1).encoded.null_LE) and nothing.words_B.tolist() == [1] * 3
+    assert len(conditions.vision_BNV) == 3 and conditions.known_mask_B4thw[:, :, 1].max() == 0  # the source alone
+
+
+def test_off_the_grid_guidance_moves_flow_matching_too():
+    recipe, batch, _ = stored(bow=1.0)
+    recipe = replace(recipe, flow_share=1.0, guidance=2.0)
+    noise = draw().normal("noise", *batch.clip_BCthw.shape[1:])
+    answers = iter((noise, batch.clip_BCthw))
+    players = {"student": stub(2 * (noise - batch.clip_BCthw)), "prior": lambda *_: (next(answers),)}
+    assert told(recipe.losses(players, batch, draw(), "student", 25))["flow"] == 0
+
+
+def test_the_prior_is_cast_only_for_guidance():
+    assert [p.name for p in video4edit().players()] == ["student", "teacher"]
+    players = video4edit(guidance=2.0, student_blocks=(), teacher_blocks=()).players()
+    assert [(p.name, p.trains) for p in players] == [("student", True), ("prior", False)]
+    ours, theirs = (dict(p.weights()) for p in players)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def test_the_handover_moves_weight_from_velocity_to_trajectory():

@@ -288,14 +288,24 @@ def forward_flops(shape: Shape, tokens: int) -> float:
     return shape.layers * (2.0 * linear + 4.0 * D * attention)
 
 
-def passes(settings: Mapping[str, Any], checkpointing: bool, trained: float = 1.0) -> tuple[float, float]:
-    """What a step costs in forward passes: the student's, and each frozen player's.
+def passes(settings: Mapping[str, Any], checkpointing: bool, trained: float = 1.0) -> float:
+    """What a step costs in forward passes of a player that trains.
 
     A backward pass is one for the gradients that pass through and one for those of the weights, if all are trained.
-    Frozen players are met every ``block_every`` steps, the student once more every ``own_every``.
+    The student is met once more every ``own_every`` steps.
     """
     own = 1 / settings["own_every"] if settings.get("own_every") else 0.0
-    return 2.0 + trained + checkpointing + own, 1 / max(1, settings.get("block_every", 1))
+    return 2.0 + trained + checkpointing + own
+
+
+def frozen_passes(name: str, settings: Mapping[str, Any]) -> float:
+    """Forward passes of a frozen player in a step: the prior answers two prompts, the teacher every ``block_every``."""
+    return 2.0 if name == "prior" else 1 / max(1, settings.get("block_every", 1))
+
+
+def met(name: str, data: Data) -> Grid:
+    """The clips that a frozen player sees: the teacher its own, the prior the student's."""
+    return data.student if name == "prior" else data.teacher
 
 
 def traffic(census: Census, low: int, ranks: int, micro_batches: int, rounds: float) -> float:
@@ -535,10 +545,12 @@ def _compute(
 
 def _kept(trained: Counted, frozen: Counted, low: int, recipe: Recipe, data: Data) -> float:
     """Bytes of a forward pass over clips of one set, players together."""
-    S, S_teacher, loop = data.student.tokens, data.teacher.tokens, recipe.loop
+    S, loop = data.student.tokens, recipe.loop
     taps = len(to_dict(recipe).get("student_blocks", ()))
     kept = max(activations(c.shape, S, low, loop.micro_batch, loop.checkpointing) for _, c in trained)
-    return kept + max((working(c.shape, S_teacher, low, loop.micro_batch, taps) for _, c in frozen), default=0.0)
+    return kept + max(
+        (working(c.shape, met(c.name, data).tokens, low, loop.micro_batch, taps) for _, c in frozen), default=0.0
+    )
 
 
 def _work(
@@ -547,15 +559,15 @@ def _work(
     """Floating-point operations of a step over all ranks, and bytes that each receives."""
     loop = recipe.loop
     settings, micro = to_dict(recipe), accumulation(loop, ranks)
-    own_rounds, theirs = passes(settings, False, 0.0)
     flops = 0.0
     for _, c in trained:
-        each, _ = passes(settings, loop.checkpointing, c.trained / c.elements)
+        each = passes(settings, loop.checkpointing, c.trained / c.elements)
         flops += each * _mean(data, lambda d, shape=c.shape: forward_flops(shape, d.student.tokens))
+    rounds = {c.name: frozen_passes(c.name, settings) for _, c in frozen}
     for _, c in frozen:
-        flops += theirs * _mean(data, lambda d, shape=c.shape: forward_flops(shape, d.teacher.tokens))
-    received = sum(traffic(c, low, ranks, micro, own_rounds) for _, c in trained)
-    received += sum(traffic(c, low, ranks, micro, theirs) for _, c in frozen if c.stage == 3)
+        flops += rounds[c.name] * _mean(data, lambda d, c=c: forward_flops(c.shape, met(c.name, d).tokens))
+    received = sum(traffic(c, low, ranks, micro, passes(settings, False, 0.0)) for _, c in trained)
+    received += sum(traffic(c, low, ranks, micro, rounds[c.name]) for _, c in frozen if c.stage == 3)
     return loop.batch * flops, received
 
 

@@ -6,7 +6,7 @@ and the few-step goal, but no formula. Every term below is v4e's own reading; do
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from v4e.config import Loop
 from v4e.data.collate import collate
 from v4e.errors import ConfigError
 from v4e.models import wan
-from v4e.nouns import Draw, EditBatch, Losses, Optim, Player, RolloutBatch, Sample
+from v4e.nouns import Conditions, Draw, EditBatch, Losses, Optim, Player, RolloutBatch, Sample
 from v4e.verbs import Backbone
 
 
@@ -79,6 +79,8 @@ class Video4Edit:
         block_every: steps between two with the `block` term, which costs a forward of the teacher.
         own_every: steps between two that train at the student's own states instead of stored ones, which costs a
             forward of the student; 0 for none.
+        guidance: scale of the guidance that is distilled; 1 for none. More adds a frozen player, the ``prior``: the
+            student's starting weights, told the evolution prompt and the empty one.
         terms: weights and their schedule.
     """
 
@@ -94,6 +96,7 @@ class Video4Edit:
     teacher_blocks: tuple[int, ...] = ()
     block_every: int = 1
     own_every: int = 0
+    guidance: float = 1.0
     terms: Terms = field(default_factory=Terms)
     attention: wan.Attention = "auto"
     fold_text_padding: bool = False
@@ -104,9 +107,15 @@ class Video4Edit:
     def players(self) -> Sequence[Player]:
         declared = self._declare(self.student, "i2v", self.loop.seed if self.fresh else None)
         student = Player("student", *declared, True, self.optim, self.zero_stage)
-        if not self._matches_blocks:
-            return [student]
-        return [student, Player("teacher", *self._declare(self.teacher, "flf2v"), False, zero_stage=self.zero_stage)]
+        frozen = {"teacher": (self.teacher, "flf2v")} if self._matches_blocks else {}
+        frozen |= {"prior": (self.student, "i2v")} if self._is_guided else {}
+        return [
+            student,
+            *(
+                Player(name, *self._declare(*which), False, zero_stage=self.zero_stage)
+                for name, which in frozen.items()
+            ),
+        ]
 
     def batch(self, samples: Sequence[Sample], weights: Sequence[float]) -> EditBatch:
         batch = collate(samples, weights, rollout=True)
@@ -123,6 +132,8 @@ class Video4Edit:
         own = self.own_every > 0 and (step + 1) % self.own_every == 0
         if own:
             point = self._reached(players[turn], point, batch, draw)
+        if self._is_guided:
+            point = self._guided(players["prior"], point, batch, batch.rollout.teacher)
         matches = self._matches_blocks and step % self.block_every == 0
         taps = self.student_blocks if matches else ()
         v, *hidden = players[turn](point.x_BCthw, point.sigma_B, batch.conditions, taps)
@@ -153,6 +164,10 @@ class Video4Edit:
     @property
     def _matches_blocks(self) -> bool:
         return self.terms.block > 0 and bool(self.student_blocks)
+
+    @property
+    def _is_guided(self) -> bool:
+        return self.guidance != 1.0
 
     @property
     def _few_levels(self) -> Tensor:
@@ -215,6 +230,20 @@ class Video4Edit:
         reached = Point(x, sigma_B, mean_v, point.end_BCthw, torch.full_like(point.kept_B, OWN))
         return choose(point.kept_B >= 0, reached, point)
 
+    def _guided(self, prior: Backbone, point: Point, batch: EditBatch, teacher: Conditions) -> Point:
+        """The point as guidance would have it: velocity and clean end move on by (w - 1) (v_evolution - v_empty).
+
+        Model-guidance (Tang et al. 2025, arXiv 2502.12154), but by a model that stays as it was: the prior
+        knows what an evolution prompt asks of a picture before the student knows it of an instruction.
+        """
+        told = replace(batch.conditions, text_BLE=teacher.text_BLE, words_B=teacher.words_B)
+        empty = told.drop_text(batch.null_BLE, batch.null_words_B, torch.ones_like(told.words_B, dtype=torch.bool))
+        with torch.no_grad():
+            v, v_empty = (prior(point.x_BCthw, point.sigma_B, c)[0].float() for c in (told, empty))
+        offset = (self.guidance - 1) * (v - v_empty)
+        end = point.end_BCthw - flow.like(point.sigma_B, offset) * offset
+        return point._replace(velocity_BCthw=point.velocity_BCthw + offset, end_BCthw=end)
+
     def _terms(self, v: Tensor, point: Point, batch: EditBatch, own: bool) -> dict[str, Tensor]:
         region = losses.region_weight(batch.change_Bthw, self.edit_boost)
         on_grid_B = (point.kept_B >= 0).float() * batch.weight_B
@@ -225,7 +254,7 @@ class Video4Edit:
         terms = {
             "velocity": losses.squared(v, point.velocity_BCthw, on_grid_B, region),
             "trajectory": losses.squared(v, mean_v, few_B, region),
-            "tail": losses.squared(tail, batch.tail_BChw[:, :, None], on_grid_B, region[:, :, -1:]),
+            "tail": losses.squared(tail, point.end_BCthw[:, :, -1:], on_grid_B, region[:, :, -1:]),
             "flow": losses.squared(v, point.velocity_BCthw, off_grid_B, region),
         }
         if own:
