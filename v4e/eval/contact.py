@@ -1,5 +1,7 @@
 """Contact sheets during training: fixed validation edits, made by the student as it is, and what they are worth.
 
+Beside them stand the source, the teacher's edit where the set holds roll-outs, and the target.
+
 Validation is a pre-encoded shard set, so no encoder is needed: every rank runs the same forwards, because ZeRO-3
 gathers from all of them, and rank 0 alone decodes.
 """
@@ -59,11 +61,15 @@ class ContactSheet:
             return flow.euler(velocity, self._noise.to(self.ranks.device), grid).cpu()
 
     def show(self, step: int, edits: Mapping[str, Tensor]) -> tuple[Image.Image, dict[str, float]]:
-        """The sheet, a column for each maker, and ``maker/metric`` -> mean over the samples."""
+        """The sheet, a column for each maker, and ``maker/metric`` -> mean over the samples.
+
+        Between them and the target stands what the teacher's roll-outs ended in, where the samples have them.
+        """
         edited = {maker: self._decoder.decode_last(z_BCthw) for maker, z_BCthw in edits.items()}
         metrics = {f"{m}/{name}": value for m, clips in edited.items() for name, value in self._measure(clips).items()}
-        columns = [Column("source"), Column("instruction", text_width=150), *map(Column, edited), Column("target")]
-        made = zip(*edited.values(), strict=True)
+        shown = edited | ({"teacher": self._taught} if self._taught else {})
+        columns = [Column("source"), Column("instruction", text_width=150), *map(Column, shown), Column("target")]
+        made = zip(*shown.values(), strict=True)
         rows = [SheetRow(self._cells(s, clips)) for s, clips in zip(self._samples, made, strict=True)]
         return draw(f"step {step}, {self.steps} solver steps", columns, rows), metrics
 
@@ -82,6 +88,12 @@ class ContactSheet:
     def _samples(self) -> list[Sample]:
         shards = ShardSet.open(self.validation)
         return [shards.sample(i, pictures=True) for i in range(min(self.rows, len(shards)))]
+
+    @cached_property
+    def _taught(self) -> list[Clip]:
+        """The teacher's edits of the samples; none unless all were rolled out."""
+        ends = [s.rollout.end_Cthw.float() for s in self._samples if s.rollout]
+        return self._decoder.decode_last(torch.stack(ends)) if len(ends) == len(self._samples) else []
 
     @cached_property
     def _conditions(self) -> Conditions:
