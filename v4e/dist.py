@@ -134,6 +134,11 @@ def secret(variable: str) -> str:
     return value
 
 
+def malloc_is_told() -> bool:
+    """Whether the environment sets glibc's malloc up."""
+    return "GLIBC_TUNABLES" in os.environ or any(name.startswith("MALLOC_") for name in os.environ)
+
+
 def barrier() -> None:
     """Wait for every rank."""
     torch_dist.barrier()

@@ -26,6 +26,7 @@ from v4e.dist import Ranks
 from v4e.errors import CheckpointError, ConfigError
 from v4e.models.lora import alone, merge, with_adapters
 from v4e.nouns import Player
+from v4e.train.heap import given_back
 from v4e.train.optimisers import align_for_disk, groups, maker
 from v4e.train.possible import refuse
 from v4e.verbs import Backbone
@@ -225,7 +226,8 @@ def cast(players: Sequence[Player], loop: Loop, ranks: Ranks) -> Cast:
     if len({p.name for p in players}) != len(players):
         raise ConfigError(f"players share a name: {', '.join(p.name for p in players)}", where="recipe")
     _prepare(ranks, loop)
-    return Cast({p.name: _engage(p, loop, ranks) for p in players})
+    with given_back():
+        return Cast({p.name: _engage(p, loop, ranks) for p in players})
 
 
 def accumulation(loop: Loop, world: int) -> int:
