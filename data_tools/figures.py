@@ -1,7 +1,7 @@
 """Distributions as inline SVG; colours come from the page's style sheet, so that they follow light and dark."""
 
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +10,7 @@ from data_tools.stats import Spread
 from v4e.eval.chart import ticks
 
 WIDTH, LEFT, RIGHT = 520, 84, 10  # of a figure, of the column with names, of the margin, in pixels
-HIGH, ROW, BINS = 60, 16, 48  # of the histogram, of a row
+HIGH, ROW, GAP, BINS = 60, 16, 10, 48  # of the histogram, of a row, between blocks of them
 
 
 @dataclass(frozen=True)
@@ -28,18 +28,23 @@ class Scale:
         return LEFT + (WIDTH - LEFT - RIGHT) * (value - low) / (high - low)
 
 
-def distribution(values: Sequence[float], groups: Mapping[str, tuple[Spread, str]], marks: Sequence[float]) -> str:
+Group = tuple[str, Spread, str]  # its name, its spread and the class of its colour
+
+
+def distribution(values: Sequence[float], blocks: Sequence[Sequence[Group]], marks: Sequence[float]) -> str:
     """A histogram, under it the spread of each group on the same axis.
 
     Args:
-        groups: names, spreads and the classes of their colours, from top to bottom.
+        blocks: groups from top to bottom, those of one block close together.
         marks: values to point at: the samples that the page shows first.
     """
-    scale, high = Scale.over(values), HIGH + 34 + ROW * len(groups)
+    gaps, rows = max(0, len(blocks) - 1), sum(map(len, blocks))
+    scale, high = Scale.over(values), HIGH + 34 + ROW * rows + GAP * gaps
     parts = [*_histogram(values, scale), *_axis(scale, high - 14)]
     parts += [_line(scale.x(v), HIGH + 2, scale.x(v), HIGH + 7, "mark") for v in marks]
-    for i, (name, (spread, colour)) in enumerate(groups.items()):
-        parts += _box(name, spread, colour, scale, HIGH + 20 + ROW * i)
+    placed = ((group, number) for number, block in enumerate(blocks) for group in block)
+    for row, ((name, spread, colour), block) in enumerate(placed):
+        parts += _box(name, spread, colour, scale, HIGH + 20 + ROW * row + GAP * block)
     return f'<svg viewBox="0 0 {WIDTH} {high}" role="img">{"".join(parts)}</svg>'
 
 

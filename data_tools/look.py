@@ -4,14 +4,14 @@ The page holds its pictures and needs neither network nor script; samples are ch
 """
 
 import argparse
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from data_tools import figures
-from data_tools.stats import MEASURES, UNITS, Row, Stats, evolving, spread, stats, values_of
+from data_tools.stats import MEASURES, UNITS, Row, Spread, Stats, evolving, spread, stats, values_of
 from data_tools.verify import codec_of
 from v4e import flow
 from v4e.data.disk import writable, write_atomically
@@ -101,12 +101,21 @@ def _figures(found: Stats, measured: Sequence[Row], worst: Sequence[Row]) -> Ite
     yield f"<div class=figures><figure class=card><h3>Tasks</h3><p>{said}</p>{bars}</figure>"
     for name, spreads in found.spreads.items():
         title = f"{name.capitalize()}{f', {UNITS[name]}' if UNITS[name] else ''}"
-        worst_first = 1 if name == "fidelity" else -1
-        tasks = sorted(spreads.keys() - {"all"}, key=lambda t: worst_first * spreads[t].quantiles["median"])
-        by_task = {task: (spreads[task], families.get(task, "")) for task in tasks}
-        drawn = figures.distribution(values_of(measured, name), by_task, values_of(worst, name))
+        drawn = figures.distribution(
+            values_of(measured, name), _blocks(name, spreads, families), values_of(worst, name)
+        )
         yield f"<figure class=card><h3>{title}</h3><p>{SAID[name]}</p>{drawn}</figure>"
     yield "</div>"
+
+
+def _blocks(name: str, spreads: Mapping[str, Spread], families: Mapping[str, str]) -> list[list[figures.Group]]:
+    """The groups of a measure: families, then tasks, of each the worst first."""
+    worst_first = 1 if name == "fidelity" else -1
+    order = sorted(spreads.keys() - {"all"}, key=lambda g: worst_first * spreads[g].quantiles["median"])
+    blocks = [
+        [(g, spreads[g], families.get(g, g)) for g in order if (g in families) == tasks] for tasks in (False, True)
+    ]
+    return [block for block in blocks if block]
 
 
 def _foot(whole: ShardSet, found: Stats) -> Iterator[str]:

@@ -88,7 +88,7 @@ class Stats:
         resolution: of the student's clip and the teacher's.
         counts: by kind (``task``, ``family``, ``dataset``, ``writer``): how many samples have which value.
         counted: samples that the kinds other than task and family are counted over.
-        spreads: of each measure, over all samples that were read and over those of each task.
+        spreads: of each measure, over all samples that were read, over those of each family and of each task.
         damaged: what could not be read, and why.
     """
 
@@ -109,9 +109,9 @@ class Stats:
         for kind, counter in self.counts.items():
             over = f" (of {self.counted} read)" if kind in ("dataset", "writer") and self.counted < self.samples else ""
             yield f"{kind}{over}: " + ", ".join(f"{n} {name or '(none)'}" for name, n in counter.items())
-        for measure, by_task in self.spreads.items():
+        for measure, by_group in self.spreads.items():
             yield f"{measure} {UNITS[measure]}".rstrip()
-            yield from (f"  {task:<12} {_numbers(spread)}" for task, spread in by_task.items())
+            yield from (f"  {group:<12} {_numbers(spread)}" for group, spread in by_group.items())
         yield from (f"damaged: {line}" for line in self.damaged[:20])
 
 
@@ -142,7 +142,7 @@ def stats(
         "writer": Counter(r.writer for r in rows),
     }
     made.counts = {kind: dict(counter.most_common()) for kind, counter in counters.items()}
-    made.spreads = {m: found for m in MEASURES if (found := _by_task(rows, m))}
+    made.spreads = {m: found for m in MEASURES if (found := _by_group(rows, m))}
     return made, rows
 
 
@@ -249,10 +249,11 @@ def row_of(whole: ShardSet, i: int) -> Row:
         return Row(i, sample.key, sample.task, family_of(sample.task), of.dataset, of.writer, measure(sample))
 
 
-def _by_task(rows: Sequence[Row], measure: str) -> dict[str, Spread]:
-    """The measure's spread over all rows, then by task."""
-    groups = {"all": rows, **{t: [r for r in rows if r.task == t] for t in sorted({r.task for r in rows if r.task})}}
-    spreads = {name: Spread.of(values_of(group, measure)) for name, group in groups.items()}
+def _by_group(rows: Sequence[Row], measure: str) -> dict[str, Spread]:
+    """The measure's spread over all rows, then by family, then by task; no group stands twice."""
+    named = {name: [r for r in rows if r.family == name] for name in sorted({r.family for r in rows} - {""})}
+    named |= {name: [r for r in rows if r.task == name] for name in sorted({r.task for r in rows} - {"", *named})}
+    spreads = {name: Spread.of(values_of(group, measure)) for name, group in {"all": rows, **named}.items()}
     return {name: found for name, found in spreads.items() if found}
 
 

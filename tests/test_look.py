@@ -94,11 +94,20 @@ def test_bars_and_histograms_are_to_scale():
     wide = [float(w) for w in re.findall(r'<rect [^>]*width="([\d.]+)"', bars)]
     assert wide[0] == pytest.approx(4 * wide[1], abs=0.2) and 'class="temporal"' in bars
     values = [0.0] * 3 + [10.0] * 1
-    drawn = figures.distribution(values, {"add": (Spread.of(values), "spatial")}, [0.0])
+    drawn = figures.distribution(values, [[("add", Spread.of(values), "spatial")]], [0.0])
     tall = [float(h) for h in re.findall(r'class="bar"[^>]*height="([\d.]+)"', drawn)]
     assert tall == [pytest.approx(figures.HIGH), pytest.approx(figures.HIGH / 3, abs=0.1)]
     assert drawn.count('class="mark"') == 1 and "median 0" in drawn
 
 
+def test_families_stand_above_tasks_and_apart_from_them(folder, tmp_path):
+    page = look(folder, tmp_path / "page.html").read_text()
+    (fidelity,) = re.findall(r"<h3>Fidelity, dB</h3>.*?</svg>", page)
+    rows = re.findall(r'<text class="name" x="[\d.]+" y="([\d.]+)">([^<]+)</text>', fidelity)
+    assert [name for _, name in rows] == ["spatial", "add", "style&lt;b&gt;"]
+    first, second, third = (float(y) for y, _ in rows)
+    assert (second - first, third - second) == (figures.ROW + figures.GAP, figures.ROW)
+
+
 def test_equal_values_have_an_axis_too():
-    assert figures.distribution([1.0, 1.0], {}, []).count('class="tick"') >= 2
+    assert figures.distribution([1.0, 1.0], [], []).count('class="tick"') >= 2

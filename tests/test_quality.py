@@ -94,6 +94,10 @@ def test_stats_count_and_measure(quality):
     assert found.counts["family"] == {"spatial": 4, "temporal": 2} and found.counts["dataset"] == {"demo": 6}
     assert found.spreads["fidelity"]["all"].quantiles["max"] == pytest.approx(20, abs=1e-3)
     assert found.spreads["curvature"]["remove"].mean == pytest.approx((30 + 120) / 2, abs=0.01)
+    assert [*found.spreads["fidelity"]] == ["all", "spatial", "temporal", "add", "remove", "style"]
+    by_hand = [r.measures.fidelity for r in rows if r.task in ("add", "remove")]
+    spatial = found.spreads["fidelity"]["spatial"]
+    assert spatial.n == 4 and spatial.mean == pytest.approx(sum(by_hand) / 4)
     seconds = [json.loads(p.read_bytes())["seconds"] for p in sorted(quality.folder.glob("*_stats.json"))]
     assert len(seconds) == 3 and found.seconds == sum(seconds)
     assert found.samples == len(rows) == 6 and found.bytes == sum(s.bytes for s in quality.shards)
