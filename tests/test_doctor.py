@@ -4,6 +4,7 @@ from collections import namedtuple
 
 import pytest
 
+import v4e.train.operators  # noqa: F401  DeepSpeed says on stdout, once, that it found no GPU
 from v4e import cli, doctor
 from v4e.doctor import Finding
 
@@ -48,9 +49,11 @@ def test_only_what_is_broken_counts():
 
 
 def test_a_missing_package_is_broken_if_needed(monkeypatch):
-    monkeypatch.setattr(doctor, "version_of", lambda name: "" if name in ("deepspeed", "peft") else "1")
+    monkeypatch.setattr(doctor, "version_of", lambda name: "" if name in ("deepspeed", "bitsandbytes") else "1")
     found = list(doctor.packages())
-    assert only(found, "deepspeed").state == "broken" and only(found, "peft").state == "lacks"
+    needed, optional = only(found, "deepspeed"), only(found, "bitsandbytes")
+    assert (needed.state, needed.fix) == ("broken", "pip install -r constraints.txt")
+    assert (optional.state, optional.fix) == ("lacks", "pip install 'v4e[8bit]'")
 
 
 def test_a_full_or_slow_disk(tmp_path, monkeypatch):

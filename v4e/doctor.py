@@ -26,7 +26,12 @@ NEEDED = (
     "omegaconf",
     "huggingface_hub",
 )
-OPTIONAL = ("xformers", "peft", "wandb")
+OPTIONAL = {  # package -> what brings it
+    "xformers": "pip install 'v4e[gpu]'",
+    "peft": "pip install 'v4e[lora]'",
+    "bitsandbytes": "pip install 'v4e[8bit]'",
+    "wandb": "pip install wandb",
+}
 PROBE = 32 * 1024**2  # bytes written to learn a disk's speed
 ROOM, SPEED, SHARED = 20e9, 100e6, 1e9  # free bytes and bytes per second below which a run will suffer
 DEVICES, INTERFACES, FABRIC = Path("/dev/shm"), Path("/sys/class/net"), Path("/sys/class/infiniband")
@@ -96,8 +101,8 @@ def packages() -> Iterator[Finding]:
     """Versions; what is needed is broken where it is missing."""
     for name in ("v4e", *NEEDED, *OPTIONAL):
         version, fault = version_of(name), "broken" if name in NEEDED else "lacks"
-        install = "pip install 'v4e[gpu]'" if name == "xformers" else "pip install -r constraints.txt"
-        fix = "pip install --no-deps -e ." if name == "v4e" else install
+        install = "pip install --no-deps -e ." if name == "v4e" else "pip install -r constraints.txt"
+        fix = OPTIONAL.get(name, install)
         yield Finding(name, "ok" if version else fault, version or "not installed", "" if version else fix)
 
 
