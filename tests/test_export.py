@@ -149,6 +149,15 @@ def test_a_run_that_does_not_say_its_base_asks_for_one(tmp_path):
     assert export_run(run, tmp_path / "out", base=str(shared_wan_folder("i2v"))).is_dir()
 
 
+@pytest.mark.parametrize("form", ["diffusers", "lora", "original"])
+def test_a_base_that_is_a_transformer_alone_says_what_is_wanted(tmp_path, lora_run, form):
+    """As the release of Fun-InP is; named by the run, in the authors' words."""
+    run = lora_run if form == "lora" else a_run(tmp_path / "run")
+    with pytest.raises(CheckpointError, match="--base; docs/loading.md says how a transformer alone becomes one"):
+        export_run(run, tmp_path / "out", form=form, base=str(shared_wan_folder("i2v") / "transformer"))
+    assert not (tmp_path / "out").exists()
+
+
 # -------------------------------------------------------------------------------------------------------- variant
 
 

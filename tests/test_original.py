@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from builders import WAN, Kind, shared_wan_folder, transformer
-from diffusers import WanTransformer3DModel
+from diffusers import WanImageToVideoPipeline, WanTransformer3DModel
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from v4e.errors import CheckpointError
@@ -26,6 +27,7 @@ from v4e.models.original import (
     save_original,
 )
 from v4e.models.wan import WanBackbone, declare, load_backbone
+from v4e.pipelines import EditPipeline
 
 KINDS: tuple[Kind, ...] = ("i2v", "flf2v")
 NAME = "diffusion_pytorch_model.safetensors"
@@ -177,6 +179,24 @@ def test_a_hub_repository_is_asked_for_its_transformer_alone(tmp_path, monkeypat
     assert_same({n: t for n, t in declared.weights() if "rope" not in n}, stock_state("i2v"))
     assert sorted(file.name for file in cache.iterdir()) == ["config.json", NAME]
     assert len(asked) == 2
+
+
+def test_a_transformer_alone_and_the_parts_of_another_model_make_a_stock_folder(tmp_path):
+    """As docs/loading.md does with Fun-InP, whose release holds its encoders as pickles."""
+    parts = shutil.copytree(shared_wan_folder("i2v"), tmp_path / "parts", ignore=lambda *_: ["transformer"])
+    other = {name: 1.01 * t for name, t in stock_state("i2v").items()}
+    save_original(tmp_path / "fun", transformer("i2v").config, other)
+    whole = tmp_path / "whole"
+    backbone = load_backbone(tmp_path / "fun", attention="native")
+    EditPipeline.from_pretrained(parts, transformer=backbone).save_pretrained(whole)
+    assert_same(load_file(whole / "transformer" / NAME), other)
+    stock = WanImageToVideoPipeline.from_pretrained(whole)
+    ours = EditPipeline.from_pretrained(whole, attention="native")
+    photo = Image.linear_gradient("L").resize((32, 32)).convert("RGB")
+    clip = ours(photo, "make it snow", seed=2, steps=2, guidance=1.0, frames=5, return_frames=True)
+    asked = {"num_frames": 5, "num_inference_steps": 2, "guidance_scale": 1.0, "generator": torch.manual_seed(2)}
+    made = stock(photo, "make it snow", height=32, width=32, output_type="pt", **asked).frames[0]
+    assert torch.equal(clip.frames_T3HW, (made * 255).round().to(torch.uint8))
 
 
 def test_flf2v_under_original_names_becomes_i2v(tmp_path):

@@ -289,10 +289,23 @@ def test_steps_are_told_as_they_are_done(studio):
 
 
 def test_memory_means_are_diffusers_own(studio):
-    with pytest.raises(ConfigError, match="no GPU"):
-        settle(studio.pipeline, "cpu", Memory(offload="model"))
+    for offload in ("model", "sequential"):
+        with pytest.raises(ConfigError, match=f"--offload {offload} .* no GPU"):
+            settle(studio.pipeline, "cpu", Memory(offload=offload))
     vae = studio.pipeline.vae
     settle(studio.pipeline, "cpu", Memory(vae_tiling=True, vae_slicing=True))
     assert vae.use_tiling and vae.use_slicing
     vae.disable_tiling()
     vae.disable_slicing()
+
+
+@pytest.mark.parametrize(
+    ("offload", "asked"), [("model", "enable_model_cpu_offload"), ("sequential", "enable_sequential_cpu_offload")]
+)
+def test_offload_asks_diffusers_for_the_device_that_was_named(studio, monkeypatch, offload, asked):
+    """And moves nothing itself: what offloads decides where each part is."""
+    called = []
+    for name in ("to", "enable_model_cpu_offload", "enable_sequential_cpu_offload"):
+        monkeypatch.setattr(studio.pipeline, name, lambda *at, n=name, **named: called.append((n, at, named)))
+    settle(studio.pipeline, "cuda:1", Memory(offload=offload))
+    assert called == [(asked, (), {"device": "cuda:1"})]

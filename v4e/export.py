@@ -289,7 +289,7 @@ def _copy_parts(source: Path, folder: Path) -> None:
 def _index_of(source: Path) -> Path:
     """The base's index; its encoders and VAE make the probes' frames in every form."""
     if not (index := source / MODEL_INDEX).is_file():
-        fix = "name a base folder in diffusers layout with --base"
+        fix = "name a base in diffusers layout with --base; docs/loading.md says how a transformer alone becomes one"
         raise CheckpointError(f"no {MODEL_INDEX}", where=str(source), fix=fix)
     return index
 
