@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -14,10 +15,11 @@ import pytest
 from stores import KEYS, bucket, moto
 from test_shards import META, contents, make_sample, run_python, same, write
 
+from data_tools import cli
 from data_tools.merge import merge
 from data_tools.reshard import reshard
 from v4e.data.disk import scratch
-from v4e.data.places import place, put_new, read_bytes, read_many, read_range, shown, sizes, system
+from v4e.data.places import _connected, place, put_new, read_bytes, read_many, read_range, shown, sizes, system
 from v4e.data.shards import SetMeta, ShardSet, ShardWriter, finish
 from v4e.data.stream import Stream
 from v4e.errors import DataError
@@ -226,6 +228,16 @@ def test_a_missing_backend_is_named(monkeypatch):
     monkeypatch.setattr("v4e.data.places.fsspec.filesystem", missing)
     with pytest.raises(DataError, match=r"gs://b/set.*gs:// needs gcsfs.*pip install gcsfs"):
         ShardSet.open("gs://b/set")
+
+
+@pytest.mark.parametrize("verb", ["verify", "stats", "evolve", "look"])
+def test_a_client_that_is_not_installed_is_named_in_one_line(verb, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)  # as where it is not installed
+    _connected.cache_clear()
+    assert cli.main([verb, "gs://bucket/set"]) == DataError.exit_code
+    told = capsys.readouterr().err
+    assert told.startswith("v4e-shards: gs://bucket/set") and "gs:// needs gcsfs (pip install gcsfs)" in told
+    assert told.count("\n") == 1
 
 
 def test_a_refusing_store_is_named(url, monkeypatch):

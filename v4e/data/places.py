@@ -175,7 +175,7 @@ def read_many(places: Iterable[Place]) -> Iterator[bytes]:
 def exists(where: Place) -> bool:
     """Whether a file or folder is there."""
     with reaching(where):
-        return system(where).exists(where.path) if is_remote(where) else where.exists()
+        return _asked_anew(where).exists(where.path) if is_remote(where) else where.exists()
 
 
 def sizes(folder: Place) -> dict[str, int]:
@@ -189,7 +189,7 @@ def sizes(folder: Place) -> dict[str, int]:
     try:
         with reaching(folder):
             if is_remote(folder):
-                entries = system(folder).ls(folder.path, detail=True)
+                entries = _asked_anew(folder).ls(folder.path, detail=True)
                 return {_name(e["name"]): e["size"] for e in entries if e["type"] == "file"}
             return {e.name: e.stat().st_size for e in os.scandir(folder) if e.is_file()}
     except NotFoundError:
@@ -276,6 +276,12 @@ def remove(where: Place) -> None:
 def system(where: UPath) -> Any:
     """The connection to a store, whose methods are made at run time; one a process, for they do not outlive a fork."""
     return _connected(where.protocol, os.getpid())
+
+
+def _asked_anew(where: UPath) -> Any:
+    """A connection that has forgotten what a folder held: the Hub's keeps listings whatever it is told."""
+    (there := system(where)).invalidate_cache(where.path)
+    return there
 
 
 @lru_cache(maxsize=8)
