@@ -42,6 +42,7 @@ setup(
     extras_require={
         "gpu": ["xformers>=0.0.35,<0.1"],
         "photos": ["pillow-heif>=1.8,<2", "imageio-ffmpeg>=0.8,<0.9"],
+        "app": ["gradio>=6.31,<7", "imageio-ffmpeg>=0.8,<0.9"],
         "lora": ["peft>=0.21,<0.22"],
         "8bit": ["bitsandbytes>=0.50.2,<0.51"],
         "parquet": ["pyarrow>=26,<27"],

@@ -26,7 +26,7 @@ FLOOR = {  # a module may import modules of its own floor and below (docs/archit
     "models": 2, "data": 2,
     "pipelines": 3, "provenance": 3, "photos": 3, "jobs": 3,
     "recipes": 4, "train": 4, "eval": 4, "export": 4, "plan": 4, "doctor": 4, "studio": 4,
-    "cli": 5,
+    "cli": 5, "app": 5,
 }  # fmt: skip
 STRANGERS = [
     ("models", "data"),
@@ -34,6 +34,7 @@ STRANGERS = [
 ]
 ONLY_IN = {  # third parties with one home
     "wandb": ("v4e/journal.py",),
+    "gradio": ("v4e/app.py",),
     "rich": ("v4e/journal.py",),
     "tqdm": ("v4e/journal.py",),
     "deepspeed": ("v4e/train/",),

@@ -5,9 +5,11 @@ from outside this machine.
 """
 
 import html
+import signal
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,10 +23,11 @@ from v4e.jobs import Job, Settings
 from v4e.studio import Studio, evolution_of, files_of, write
 
 if TYPE_CHECKING:
-    import gradio as gr  # pyright: ignore[reportMissingImports]  an extra
+    import gradio as gr
 
 LONGEST_VIEW = 1600  # pixels; a browser needs no more, and the file itself is for downloading
 MOST_STEPS = 50
+CSS = Path(__file__).with_name("app.css")
 SWEPT, KEPT = 3600, 24 * 3600  # seconds; how often files of former edits are looked for, and how old they may get
 
 
@@ -118,21 +121,30 @@ def serve(studio: Studio, host: str, port: int | None) -> None:
     Raises:
         ConfigError: the port is taken.
     """
-    blocks = page(studio)
-    try:
-        _, url, _ = blocks.launch(server_name=host, server_port=port, **_dress(), **ALONE)
-    except OSError as error:
-        raise ConfigError(f"no page can be served at {host}, port {port or 'any'}", fix="--port 7870") from error
-    print(f"the editor is at {url} (Ctrl-C ends it)", flush=True)
-    blocks.block_thread()
+    with _folder_of_ones_own():
+        blocks = page(studio)
+        try:
+            _, url, _ = blocks.launch(server_name=host, server_port=port, **_dress(), **ALONE)
+        except OSError as error:
+            what = f"no page can be served at {host}, {f'port {port}' if port else 'any port'}"
+            raise ConfigError(what, fix="name another --port, or --host") from error
+        print(f"the editor is at {url} (Ctrl-C ends it)", flush=True)
+        blocks.block_thread()
 
 
-CSS = """
-footer { display: none !important; }
-#head { display: flex; }
-#status .refusal { color: #b91c1c; }
-"""
-ALONE = {  # nothing is shared, served or asked for that the page does not need
+@contextmanager
+def _folder_of_ones_own() -> Iterator[None]:
+    """Temporary files of this process go where no other user looks, and are gone when it ends, by Ctrl-C or by kill."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with tempfile.TemporaryDirectory(prefix="v4e-app-") as folder:
+        before, tempfile.tempdir = tempfile.tempdir, folder
+        try:
+            yield
+        finally:
+            tempfile.tempdir = before
+
+
+ALONE: dict[str, Any] = {  # nothing is shared, served or asked for that the page does not need
     "share": False,
     "ssr_mode": False,
     "mcp_server": False,
@@ -162,22 +174,46 @@ class Parts:
     evolution: "gr.Column"
     strip: "gr.Image"
     video: "gr.Video"
-    said: "gr.JSON"
+    said: "gr.HTML"
+
+
+COLOURS = {  # those of the other pages (v4e/eval/markup.css), in the light and in the dark
+    "body_background_fill": ("#fbfaf7", "#151514"),
+    "body_text_color": ("#23221f", "#e9e6df"),
+    "body_text_color_subdued": ("#6f6c65", "#98948b"),
+    "block_background_fill": ("#fff", "#1d1d1b"),
+    "block_border_color": ("#e4e1d9", "#32312d"),
+    "border_color_primary": ("#e4e1d9", "#32312d"),
+    "block_label_text_color": ("#6f6c65", "#98948b"),
+    "block_title_text_color": ("#6f6c65", "#98948b"),
+    "input_background_fill": ("#fbfaf7", "#151514"),
+    "link_text_color": ("#2c6e71", "#74b9ba"),
+    "link_text_color_hover": ("#235a5d", "#8bc8c9"),
+    "slider_color": ("#2c6e71", "#74b9ba"),
+    "button_primary_background_fill": ("#2c6e71", "#74b9ba"),
+    "button_primary_background_fill_hover": ("#235a5d", "#8bc8c9"),
+    "button_primary_text_color": ("#fff", "#151514"),
+}
+FONTS = ("system-ui", "-apple-system", "Segoe UI", "Noto Sans", "DejaVu Sans", "sans-serif")
+MONO = ("ui-monospace", "DejaVu Sans Mono", "monospace")
 
 
 def _dress() -> "dict[str, Any]":
-    import gradio as gr  # pyright: ignore[reportMissingImports]
+    """The page's looks, of which nothing is fetched."""
+    import gradio as gr
 
-    theme = gr.themes.Base(primary_hue="emerald", neutral_hue="stone", radius_size="lg")
-    return {"theme": theme, "css": CSS}
+    theme = gr.themes.Base(primary_hue="teal", neutral_hue="stone", radius_size="lg", font=FONTS, font_mono=MONO)
+    light = {name: colour for name, (colour, _) in COLOURS.items()}
+    dark = {f"{name}_dark": colour for name, (_, colour) in COLOURS.items()}
+    return {"theme": theme.set(**light, **dark), "css_paths": CSS}
 
 
 def page(studio: Studio) -> "gr.Blocks":
     """The page, not yet served."""
-    import gradio as gr  # pyright: ignore[reportMissingImports]
+    import gradio as gr
 
     with gr.Blocks(title="v4e", analytics_enabled=False, delete_cache=(SWEPT, KEPT)) as blocks:
-        gr.HTML(f"<h1>v4e</h1><span>{html.escape(studio.model)}</span>", elem_id="head")
+        gr.HTML(_head(studio), elem_id="head")
         with gr.Row(equal_height=False):
             with gr.Column(scale=2, min_width=300):
                 asked = _controls(studio.pipeline.card.steps)
@@ -187,13 +223,18 @@ def page(studio: Studio) -> "gr.Blocks":
     return blocks.queue(default_concurrency_limit=1, api_open=False)
 
 
+def _head(studio: Studio) -> str:
+    sizes = ", ".join(f"{width} × {height}" for height, width in studio.pipeline.card.sizes)
+    return f"<h1>v4e</h1><span>{html.escape(studio.model)} at {sizes} pixels</span>"
+
+
 def _controls(steps: int) -> "dict[str, Any]":
-    import gradio as gr  # pyright: ignore[reportMissingImports]
+    import gradio as gr
 
     hint = "what to change, such as: make it snow"
     return {
         "photo": gr.File(label="Photograph", height=140, elem_id="photo"),
-        "instruction": gr.Textbox(label="Instruction", placeholder=hint, lines=2, elem_id="instruction"),
+        "instruction": gr.Textbox(label="Instruction", placeholder=hint, max_lines=6, elem_id="instruction"),
         "steps": gr.Slider(1, max(MOST_STEPS, steps), value=steps, step=1, label="Steps", elem_id="steps"),
         "seed": gr.Number(value=0, precision=0, label="Seed", elem_id="seed"),
         "go": gr.Button("Edit", variant="primary", elem_id="go"),
@@ -203,10 +244,10 @@ def _controls(steps: int) -> "dict[str, Any]":
 
 
 def _stage() -> "dict[str, Any]":
-    import gradio as gr  # pyright: ignore[reportMissingImports]
+    import gradio as gr
 
-    still = {"interactive": False, "format": "png"}
-    alone = gr.Image(label="Photograph", height=520, buttons=[], elem_id="alone", **still)
+    still: dict[str, Any] = {"interactive": False, "format": "png"}
+    alone = gr.Image(show_label=False, height=520, buttons=[], elem_id="alone", **still)
     slider = gr.ImageSlider(
         label="Before and after", max_height=520, visible=False, buttons=["fullscreen"], elem_id="slider", **still
     )
@@ -214,15 +255,21 @@ def _stage() -> "dict[str, Any]":
         strip = gr.Image(label="Evolution", buttons=["download", "fullscreen"], elem_id="strip", **still)
         with gr.Row():
             video = gr.Video(
-                label="Evolution, moving", height=260, autoplay=True, loop=True, interactive=False, elem_id="video"
+                label="Evolution, moving",
+                height=290,
+                min_width=300,
+                autoplay=True,
+                loop=True,
+                interactive=False,
+                elem_id="video",
             )
-            said = gr.JSON(label="Recipe, as the file says", max_height=260, elem_id="said")
+            said = gr.HTML(min_height=290, elem_id="said")
     return {"alone": alone, "slider": slider, "evolution": evolution, "strip": strip, "video": video, "said": said}
 
 
 def _wire(studio: Studio, parts: Parts) -> None:
     """What happens on the page: a photograph comes, goes, or is edited."""
-    import gradio as gr  # pyright: ignore[reportMissingImports]
+    import gradio as gr
 
     def look(path: str | None):
         try:
@@ -241,18 +288,20 @@ def _wire(studio: Studio, parts: Parts) -> None:
         return look(None) | {parts.status: ""}
 
     def make(path: str | None, instruction: str, steps: int, seed: int, progress=gr.Progress()):  # noqa: B008
+        def tell(done: int) -> None:
+            progress((done, steps), desc="denoising", unit="steps")
+
         began = time.monotonic()
         try:
             with tempfile.TemporaryDirectory(prefix="v4e-") as folder:
                 settings = Settings(seed=seed, steps=steps)
-                tell = lambda done: progress((done, steps), desc="denoising", unit="steps")  # noqa: E731
                 edit = edited(studio, path, instruction, settings, Path(folder), tell)
                 yield _results(parts, edit, time.monotonic() - began)  # which takes copies of the files
         except V4EError as error:
             yield {parts.status: _refusal(error)}
 
     shown = [parts.alone, parts.slider, parts.evolution, parts.download, parts.status]
-    quiet = {"api_visibility": "private", "show_progress": "hidden"}
+    quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
     parts.photo.upload(look, parts.photo, shown, **quiet)
     parts.photo.clear(clear, None, shown, **quiet)
     gr.on(
@@ -261,13 +310,13 @@ def _wire(studio: Studio, parts: Parts) -> None:
         [parts.photo, parts.instruction, parts.steps, parts.seed],
         [*shown, parts.strip, parts.video, parts.said],
         show_progress_on=[parts.alone, parts.slider],
-        trigger_mode="multiple",
+        trigger_mode="once",
         api_visibility="private",
     )
 
 
 def _results(parts: Parts, edit: Edited, seconds: float) -> "dict[Any, Any]":
-    import gradio as gr  # pyright: ignore[reportMissingImports]
+    import gradio as gr
 
     size = edit.size
     return {
@@ -276,11 +325,17 @@ def _results(parts: Parts, edit: Edited, seconds: float) -> "dict[Any, Any]":
         parts.evolution: gr.Column(visible=True),
         parts.strip: edit.strip,
         parts.video: edit.video,
-        parts.said: edit.said,
+        parts.said: _table(edit.said),
         parts.download: gr.DownloadButton(value=edit.output, interactive=True),
         parts.status: f"<p>{size[0]} × {size[1]} pixels in {seconds:.1f} s</p>",
     }
 
 
+def _table(said: dict[str, object]) -> str:
+    """A recipe, in the order of its making."""
+    rows = "".join(f"<tr><td>{html.escape(name)}<td>{html.escape(str(value))}" for name, value in said.items())
+    return f"<p>Recipe, as the file says</p><table>{rows}</table>"
+
+
 def _refusal(error: V4EError) -> str:
-    return f"<p class=refusal>{sentence(error)}</p>"
+    return f"<p class=refusal role=alert>{sentence(error)}</p>"
