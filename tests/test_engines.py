@@ -14,8 +14,10 @@ from torch._dynamo.utils import counters
 from toy_training import Toy, ToyStream, toy
 
 from v4e import dist
+from v4e.dist import Ranks
 from v4e.errors import CheckpointError, ConfigError, PreemptedError
 from v4e.train import possible
+from v4e.train.engines import deepspeed_config
 from v4e.train.operators import fault
 from v4e.train.run import open_run
 
@@ -81,7 +83,6 @@ def test_a_setting_younger_than_the_checkpoint_is_at_its_default(tmp_path):
 
 
 def seal(place: Path) -> None:
-    from v4e.dist import Ranks
     from v4e.train.checkpoint import SEAL, _hash_together
 
     (place / SEAL).write_text(json.dumps({"files": _hash_together(place, Ranks())}))
@@ -105,6 +106,30 @@ def test_compiled_blocks_train_alike(tmp_path):
     for name in ("student/loss", "student/grad_norm"):
         assert numbers(compiled, name) == pytest.approx(numbers(plain, name), rel=NEAR)
     assert weights(compiled).keys() == weights(plain).keys()
+
+
+@pytest.mark.slow
+def test_selective_checkpointing_trains_alike_where_weights_are_gathered(tmp_path):
+    """Blocks gather again what they compute again, and a kept product is not spoilt by the bias."""
+    words = ("zero_stage=3", "loop.precision=fp32", "loop.steps=4")
+    for kind in ("true", "selective"):
+        assert run(tmp_path / kind, 2, *words, f"loop.checkpointing={kind}") == [0, 0]
+    assert losses(tmp_path / "selective") == pytest.approx(losses(tmp_path / "true"), rel=NEAR)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "words", "forgets"),
+    [
+        (1, (), False),
+        (2, (), True),
+        (1, ("loop.offload.parameters=cpu",), True),
+        (2, ("loop.checkpointing=selective",), False),
+    ],
+)
+def test_linear_layers_are_pytorchs_where_no_weight_has_to_go_between_passes(tmp_path, ranks, words, forgets):
+    recipe = toy(tmp_path, "loop.batch=8", "loop.micro_batch=2", *words)
+    zero = deepspeed_config(recipe.players()[0], 3, recipe.loop, Ranks(0, ranks))["zero_optimization"]
+    assert zero["memory_efficient_linear"] == forgets and zero["reduce_scatter"] == (ranks > 1)
 
 
 # ----------------------------------------------------------------------------------------------------- in 8 bits

@@ -1,6 +1,10 @@
 """Several sets as one order: exact shares, one size a micro-batch, nothing lost at an epoch's end, on any world."""
 
 import json
+import math
+import os
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
 from fractions import Fraction
@@ -8,10 +12,14 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
+from builders import shared_wan_folder
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_contact import rolled_out
 from test_shards import META, ShardSet, ShardWriter, flip, make_sample, write
+from toy_training import random_port
 
+from v4e import journal
 from v4e.config import Loop, Share
 from v4e.data.collate import collate
 from v4e.data.mixture import Epochs, Mixture, Order, Turns
@@ -202,6 +210,34 @@ def _walk(mixture: Mixture) -> dict[int, list[str]]:
     for spot in map(order.__getitem__, range(24)):
         seen[(16, 32)[spot.set]].append(mixture.sets[spot.set].name(spot.index))
     return seen
+
+
+@pytest.mark.slow
+def test_two_ranks_train_on_uneven_sets_of_two_sizes(tmp_path):
+    """By `v4e train`: 5 square samples in shards of 2, 2 and 1, and 3 wide ones of which one is damaged; 40 are met.
+
+    Epochs end within units, and no rank waits for one that has nothing left.
+    """
+    for name, width, count in (("square", 32, 5), ("wide", 64, 3)):
+        with ShardWriter(tmp_path / name, SetMeta("encoded", Grid(5, 32, width)), samples_per_shard=2) as writer:
+            for sample in (replace(rolled_out(n), source=None, target=None, rollout=None) for n in range(count)):
+                writer.add(wide(sample) if name == "wide" else sample)
+    torn = tmp_path / "wide/000-000000.tar"
+    flip(torn, Index(index_path(torn)).member(1, "encoded.safetensors").offset + 200)
+    (tmp_path / "config.yaml").write_text(f"recipe: flow_matching\ninit: {shared_wan_folder()}\nattention: native\n")
+    mixture = f"loop.mixture=[{{path: {tmp_path}/square, weight: 2}}, {{path: {tmp_path}/wide, weight: 1}}]"
+    words = ["steps=5", "batch=8", "micro_batch=2", "unit=4", "max_bad_samples=1", "log_every=1", "wandb.mode=disabled"]
+    words += [f"output={tmp_path}/run", "threads=1"]
+    command = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", random_port()]
+    command += ["--no_local_rank", "--module", "v4e.cli", "train", str(tmp_path / "config.yaml"), mixture]
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(
+        [*command, *(f"loop.{word}" for word in words)], env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    lines = journal.read(tmp_path / "run")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5] and lines[-1]["quarantined"] == 1
+    assert all(math.isfinite(line["student/loss"]) and not line["skipped_steps"] for line in lines)
 
 
 def test_a_damaged_sample_is_named_with_its_folder_and_stood_in_for_by_one_of_its_size(pair, tmp_path):

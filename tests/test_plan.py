@@ -7,12 +7,16 @@ import pytest
 import torch
 from builders import shared_wan_folder
 from test_shards import META, make_sample
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import CheckpointPolicy
 
 from v4e import cli, config, plan
 from v4e.config import Loop, Offload, Share
 from v4e.data.mixture import Mixture
 from v4e.data.shards import SetMeta, ShardSet, ShardWriter
 from v4e.errors import ConfigError
+from v4e.models.recompute import _policy
 from v4e.models.wan import _construct, _skeleton
 from v4e.nouns import Grid
 from v4e.plan import Census, Data, Machine, Shape
@@ -97,6 +101,8 @@ def test_activations_by_hand():
     passing = 8 * (2 * 30 + 10 * 10)
     assert plan.activations(SHAPE, 8, 2, 1, checkpointing=False) == 2 * block + passing
     assert plan.activations(SHAPE, 8, 2, 3, checkpointing=True) == 3 * (2 * 160 + block + passing)
+    dear = 2 * (8 * (10 * 10 + 30) + 2 * 769 * 10)
+    assert plan.activations(SHAPE, 8, 2, 3, checkpointing="selective") == 3 * (2 * (160 + dear) + block + passing)
 
 
 def test_flops_by_hand():
@@ -106,7 +112,7 @@ def test_flops_by_hand():
 
 def test_passes_of_the_recipe():
     assert plan.passes({"own_every": 4}, checkpointing=True) == 4.25
-    assert plan.passes({}, checkpointing=False) == 3.0
+    assert plan.passes({}, checkpointing=False) == plan.passes({}, checkpointing="selective") == 3.0
     assert plan.passes({}, checkpointing=False, trained=0.01) == 2.01
     assert plan.frozen_passes("teacher", {"block_every": 2}) == 0.5 and plan.frozen_passes("teacher", {}) == 1.0
     assert plan.frozen_passes("prior", {"block_every": 2}) == 2.0
@@ -137,11 +143,20 @@ def test_checkpoints_at_the_fullest_moment(words, kept):
     assert plan.checkpoints_kept(Loop(steps=100, **words)) == kept
 
 
-def saved_by_autograd(low: torch.dtype, width: int, ffn: int, tokens: int) -> int:
-    """Bytes that one real block keeps for its backward pass, counted once for each storage, without parameters."""
+def through_a_block(low: torch.dtype, width: int, ffn: int, tokens: int) -> torch.nn.Module:
+    """A real block, after its forward pass of one clip."""
     config = {"num_attention_heads": 2, "attention_head_dim": width // 2, "ffn_dim": ffn, "num_layers": 1}
     config |= {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": width, "text_dim": 64, "freq_dim": 32}
-    model = _construct(type(_skeleton(config)), config).to(low)
+    block = _construct(type(_skeleton(config)), config).to(low).blocks[0]
+    hidden, context = torch.randn(1, tokens, width).to(low), torch.randn(1, 512 + 257, width).to(low)
+    freqs = torch.randn(1, tokens, 1, width // 2)
+    out = block(hidden.requires_grad_(), context.requires_grad_(), torch.randn(1, 6, width), (freqs, freqs))
+    assert out.shape == hidden.shape
+    return block
+
+
+def saved_by_autograd(low: torch.dtype, width: int, ffn: int, tokens: int) -> int:
+    """Bytes that one real block keeps for its backward pass, counted once for each storage, without parameters."""
     kept: dict[int, int] = {}
 
     def pack(tensor):
@@ -149,15 +164,9 @@ def saved_by_autograd(low: torch.dtype, width: int, ffn: int, tokens: int) -> in
         kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    hidden, context = torch.randn(1, tokens, width), torch.randn(1, 512 + 257, width)
-    freqs = torch.randn(1, tokens, 1, width // 2)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        block = model.blocks[0]
-        out = block(
-            hidden.to(low).requires_grad_(), context.to(low).requires_grad_(), torch.randn(1, 6, width), (freqs, freqs)
-        )
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    assert out.shape == hidden.shape
+        block = through_a_block(low, width, ffn, tokens)
+    parameters = {p.untyped_storage().data_ptr() for p in block.parameters()}
     return sum(size for place, size in kept.items() if place not in parameters)
 
 
@@ -170,6 +179,27 @@ def test_a_block_keeps_what_the_formula_says(low):
     shape = Shape(width, ffn, 1, 1)
     said = plan.block_saved(shape, 1024, bytes_each) - plan.block_saved(shape, 512, bytes_each)
     assert extra[1] - extra[0] == pytest.approx(said + unfused * width * 512, rel=near)
+
+
+class Dear(TorchDispatchMode):
+    """Bytes that selective checkpointing would keep of what runs inside."""
+
+    size = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if _policy(None, func) is CheckpointPolicy.MUST_SAVE:
+            self.size += sum(x.nbytes for x in tree_leaves(out) if isinstance(x, torch.Tensor))
+        return out
+
+
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+def test_selective_checkpointing_keeps_of_a_block_what_the_formula_says(low):
+    """Attention also keeps a number of each token and head, which the formula leaves out."""
+    with Dear() as dear:
+        through_a_block(low, 128, 344, 512)
+    said = plan.products_saved(Shape(128, 344, 1, 1), 512, low.itemsize)
+    assert 0 <= dear.size - said <= 3 * 512 * 2 * 4
 
 
 def real(name: str = "video4edit", *words: str):

@@ -1,6 +1,7 @@
 """We run Wan, not something like Wan: parity with diffusers' own forward, and what we add to it."""
 
 import json
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ from builders import TEXT_WIDTH, VISION_TOKENS, VISION_WIDTH, WAN, C, shared_wan
 from deepspeed.utils import safe_get_full_grad
 from diffusers import WanImageToVideoPipeline, WanTransformer3DModel
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from v4e import dist, flow
 from v4e.config import Loop
@@ -65,13 +67,13 @@ def gradients(model, out):
     return {name: p.grad for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", [False, True, "selective"])
 @pytest.mark.parametrize("B", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", KINDS)
 def test_velocity_and_gradients_equal_the_stock_forward_bitwise(kind, dtype, B, recompute):
     ours, stock = models(kind, dtype)
-    ours.gradient_checkpointing = recompute
+    ours.gradient_checkpointing, ours.selective = bool(recompute), recompute == "selective"
     if recompute:
         stock.enable_gradient_checkpointing()
     x, c = state(B), conditions(kind, B)
@@ -107,6 +109,38 @@ def test_taps_are_what_hooks_on_the_stock_blocks_see(recompute):
         g is None and theirs[name] is None or torch.equal(g, theirs[name])
         for name, g in gradients(ours, h0 + h2).items()
     )
+
+
+class Counted(TorchDispatchMode):
+    """How often each operator is computed, while it is on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls[func._schema.name.removeprefix("aten::")] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("backend", ["native", "matmul"])
+def test_selective_checkpointing_computes_no_product_with_a_weight_twice(backend):
+    """Nor fused attention; in a step of 3 blocks, what lies between them is computed as often as without keeping it."""
+    counts = {}
+    for recompute in (False, True, "selective"):
+        ours, _ = models("i2v")
+        ours.set_attention(backend)
+        ours.gradient_checkpointing, ours.selective = bool(recompute), recompute == "selective"
+        with Counted() as counted:
+            gradients(ours, ours(state(2), SIGMAS[:2], conditions("i2v", 2))[0])
+        counts[recompute] = counted.calls
+    plain, whole, selective = counts.values()
+    per_block = 4 + 6 + 2  # self-attention's, cross-attention's with keys and values of the image, feed-forward's
+    products = [c["mm"] + c["addmm"] for c in (plain, whole, selective)]
+    assert products[1] - products[0] == 3 * per_block and products[2] == products[0]
+    assert whole["gelu"] == selective["gelu"] == plain["gelu"] + 3
+    fused = "_scaled_dot_product_flash_attention_for_cpu"
+    assert [c[fused] for c in (plain, whole, selective)] == ([9, 18, 9] if backend == "native" else [0, 0, 0])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -202,7 +236,7 @@ def test_backends_without_a_gpu(caplog):
 # In a ZeRO-3 engine -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", [False, True, "selective"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_under_zero_3_velocity_gradients_and_tables_are_stocks_bitwise(kind, precision, recompute):

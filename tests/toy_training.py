@@ -18,11 +18,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from v4e import config
-from v4e.config import Loop
+from v4e.config import Checkpointing, Loop
 from v4e.errors import V4EError
+from v4e.models.recompute import recomputed
 from v4e.nouns import Draw, Losses, Optim, Player, Sample
 from v4e.train.checkpoint import _save_file as fragments_file
 from v4e.train.run import train_recipe
@@ -44,7 +44,7 @@ class Block(nn.Module):
 class Net(nn.Module):
     """Tokens in, velocity and taps out, as a plain tuple."""
 
-    def __init__(self, checkpointing: bool = False, hidden: int = 2 * D) -> None:
+    def __init__(self, checkpointing: Checkpointing = False, hidden: int = 2 * D) -> None:
         super().__init__()
         self.checkpointing = checkpointing
         self.embed, self.head = nn.Linear(C, D), nn.Linear(D, C)
@@ -56,12 +56,12 @@ class Net(nn.Module):
         x = x.to(self.embed.weight.dtype)
         h, tapped = self.embed(x) + self.table.to(x.dtype) + sigma.to(x.dtype)[:, None, None], []
         for i, block in enumerate(self.blocks):
-            h = checkpoint(block, h, use_reentrant=False) if self.checkpointing else block(h)
+            h = recomputed(block, h, selective=self.checkpointing == "selective") if self.checkpointing else block(h)
             tapped += [h] if i in taps else []
         return (self.head(h), *tapped)
 
 
-def made(seed: int, checkpointing: bool = False, hidden: int = 2 * D) -> Net:
+def made(seed: int, checkpointing: Checkpointing = False, hidden: int = 2 * D) -> Net:
     """A net whose weights are a function of the seed."""
     torch.manual_seed(seed)
     return Net(checkpointing, hidden)
@@ -205,7 +205,8 @@ def plain(recipe: Toy, steps: int) -> tuple[list[float], list[float], Net]:
 
 def launch(ranks: int, *words: str) -> subprocess.CompletedProcess:
     """A real launch of this file: ``deepspeed`` on gloo."""
-    command = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(ranks), "--master_port", _port()]
+    deepspeed = str(Path(sys.executable).with_name("deepspeed"))
+    command = [deepspeed, "--num_gpus", str(ranks), "--master_port", random_port()]
     command += ["--no_local_rank", str(Path(__file__).resolve()), *words]
     root = str(Path(__file__).parents[1])
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
@@ -214,7 +215,7 @@ def launch(ranks: int, *words: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
 
 
-def _port() -> str:
+def random_port() -> str:
     return str(random.SystemRandom().randrange(20000, 40000))
 
 
@@ -224,7 +225,7 @@ def fork(ranks: int, log: Path, *words: str) -> list[BaseProcess]:
     os.environ["PYTHONPATH"] = f"{here.parent}{os.pathsep}{here}"  # its server knows no other path
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(["toy_training"])
-    port = _port()
+    port = random_port()
     made = [server.Process(target=_rank, args=(r, ranks, port, f"{log}.{r}", words), daemon=True) for r in range(ranks)]
     for process in made:
         process.start()

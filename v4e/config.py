@@ -56,6 +56,7 @@ class Lora:
 
 
 Place = Literal["none", "cpu", "nvme"]
+Checkpointing = Literal[False, True, "selective"]
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ class Loop:
         ema: decay of the averaged weights; 0 for none.
         train: globs over names of parameters, such as ``blocks.3.*``: those that train; empty for all.
         offload: what leaves the accelerator's memory.
-        checkpointing: recompute activations block by block.
+        checkpointing: recompute activations block by block; ``selective`` keeps those of matrix products and attention.
         compile: ``torch.compile`` each repeated block; without ZeRO.
         save_every, sheet_every, log_every: in steps; 0 for only at the end.
         keep_last: checkpoints kept.
@@ -137,7 +138,7 @@ class Loop:
     train: tuple[str, ...] = ()
     lora: Lora = field(default_factory=Lora)
     offload: Offload = field(default_factory=Offload)
-    checkpointing: bool = False
+    checkpointing: Checkpointing = False
     compile: bool = False
     schedule: Schedule = field(default_factory=Schedule)
     save_every: int = 0

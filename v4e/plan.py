@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from v4e import flow
-from v4e.config import Loop, Share, to_dict
+from v4e.config import Checkpointing, Loop, Share, to_dict
 from v4e.data.mixture import Mixture, named, shares_of
 from v4e.data.places import exists, place
 from v4e.data.shards import ShardSet
@@ -264,10 +264,22 @@ def block_saved(shape: Shape, tokens: int, low: int) -> float:
     return tokens * (own * shape.width + 2 * low * shape.ffn) + shape.context * context * shape.width
 
 
-def activations(shape: Shape, tokens: int, low: int, batch: int, checkpointing: bool) -> float:
+def products_saved(shape: Shape, tokens: int, low: int) -> float:
+    """Bytes that selective checkpointing keeps of one block: what products with weights and attention gave.
+
+    Of a token: q, k, v, attention and output, then q, two attentions and output, the feed-forward's width and its
+    output; of a token of the context k and v.
+    """
+    return low * (tokens * (10 * shape.width + shape.ffn) + 2 * shape.context * shape.width)
+
+
+def activations(shape: Shape, tokens: int, low: int, batch: int, checkpointing: Checkpointing) -> float:
     """Bytes that a forward pass keeps for the backward one, and the gradients of the widest place in it."""
     block = block_saved(shape, tokens, low)
-    kept = shape.layers * low * tokens * shape.width + block if checkpointing else shape.layers * block
+    kept = shape.layers * block
+    if checkpointing:
+        dear = products_saved(shape, tokens, low) if checkpointing == "selective" else 0.0
+        kept = shape.layers * (low * tokens * shape.width + dear) + block
     passing = tokens * (low * shape.ffn + 10 * shape.width)
     return batch * (kept + passing)
 
@@ -288,14 +300,15 @@ def forward_flops(shape: Shape, tokens: int) -> float:
     return shape.layers * (2.0 * linear + 4.0 * D * attention)
 
 
-def passes(settings: Mapping[str, Any], checkpointing: bool, trained: float = 1.0) -> float:
+def passes(settings: Mapping[str, Any], checkpointing: Checkpointing, trained: float = 1.0) -> float:
     """What a step costs in forward passes of a player that trains.
 
     A backward pass is one for the gradients that pass through and one for those of the weights, if all are trained.
-    The student is met once more every ``own_every`` steps.
+    Whole blocks are one more; what selective checkpointing computes again is next to nothing. The student is met once
+    more every ``own_every`` steps.
     """
     own = 1 / settings["own_every"] if settings.get("own_every") else 0.0
-    return 2.0 + trained + checkpointing + own
+    return 2.0 + trained + (checkpointing is True) + own
 
 
 def frozen_passes(name: str, settings: Mapping[str, Any]) -> float:

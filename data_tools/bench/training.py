@@ -31,6 +31,7 @@ NANO = Path(v4e.__file__).parent / "assets/wan-nano/i2v"
 WIDE = {"num_attention_heads": 8, "attention_head_dim": 96, "ffn_dim": 3072, "added_kv_proj_dim": 768, "num_layers": 10}
 LEAST = 100_000_000  # parameters of the wide one
 WORK, WALL = 0, 1  # columns of a pair of times
+LINEAR = nn.functional.linear
 TOLERANCE = 0.02  # of how far the weights went: other roundings of the same sums, which AdamW's first steps magnify
 
 
@@ -41,7 +42,7 @@ def measure(blocks: int = 8) -> dict[str, list[float]]:
         blocks: ratios of the first, of ten steps each; of the second, whose steps are long, three fewer of one each.
 
     Raises:
-        AssertionError: the two loops end with different weights.
+        AssertionError: the two loops end with different weights, or the bare one was not bare.
     """
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
@@ -163,6 +164,7 @@ class Turns:
         return [float(np.sum(ours, 0)[clock] / np.sum(plain, 0)[clock]) for ours, plain in pairs]
 
     def _bare_step(self, slices: list[Slice]) -> np.ndarray:
+        assert nn.functional.linear is LINEAR, "DeepSpeed has put its own linear layer under the bare loop too"
         (piece,) = slices
         batch = self.task.batch(piece.samples, piece.weights)
         draw = Draw(self.task.loop.seed, piece.positions)

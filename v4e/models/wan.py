@@ -13,13 +13,14 @@ import torch
 from diffusers import WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from v4e import flow
+from v4e.config import Checkpointing
 from v4e.errors import CheckpointError, ConfigError, ShapeError
 from v4e.models.attention import Attention, Context, fold_padding, install
 from v4e.models.folder import STEM, Tensors, check, is_file_of_weights, locate, read_config
 from v4e.models.original import diffusers_config, diffusers_names, is_authors, released_config
+from v4e.models.recompute import recomputed
 from v4e.nouns import TEXT_TOKENS, Conditions, pad_words
 
 Kind = Literal["i2v", "flf2v"]
@@ -31,9 +32,11 @@ class WanBackbone(WanTransformer3DModel):
     """``WanTransformer3DModel`` with the signature of :class:`v4e.verbs.Backbone`: same names, weights and config.
 
     On a CPU its velocity and gradients equal the stock forward's to the bit, unless text padding is folded.
-    ``gradient_checkpointing`` recomputes activations block by block in the backward pass.
+    ``gradient_checkpointing`` recomputes activations block by block in the backward pass, ``selective`` all but the
+    costly ones (:mod:`v4e.models.recompute`).
     """
 
+    selective = False
     _fold_text_padding = False
     _memory: dict[int, tuple[Conditions, Tensor | Context]] | None = None
 
@@ -130,12 +133,7 @@ class WanBackbone(WanTransformer3DModel):
         seen = {}
         for i, block in enumerate(self.blocks):
             arguments = (h_BSD, context, modulation_B6D, rotary)
-            # Nothing in a block is random, so the generators' states need not be kept for the second pass.
-            h_BSD = (
-                checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
-                if recompute
-                else block(*arguments)
-            )
+            h_BSD = recomputed(block, *arguments, selective=self.selective) if recompute else block(*arguments)
             if i in taps:
                 seen[i] = h_BSD
         return h_BSD, [seen[i] for i in taps]
@@ -211,7 +209,7 @@ def declare(
     fresh_seed: int | None = None,
     attention: Attention = "auto",
     fold_text_padding: bool = False,
-    checkpointing: bool = False,
+    checkpointing: Checkpointing = False,
     vision_tokens: int | None = None,
 ) -> Declared:
     """Declare a Wan of a folder, file or Hub repository; nothing is built, and only its config is read, until asked.
@@ -246,7 +244,7 @@ def fresh(
     *,
     attention: Attention = "auto",
     fold_text_padding: bool = False,
-    checkpointing: bool = False,
+    checkpointing: Checkpointing = False,
 ) -> Declared:
     """Declare a new Wan with random weights, a pure function of ``seed``, drawn as Wan's authors draw them.
 
@@ -288,11 +286,11 @@ def load_backbone(
 
 
 def _builder(
-    config: Mapping[str, object], backend: Attention, fold: bool, checkpointing: bool
+    config: Mapping[str, object], backend: Attention, fold: bool, checkpointing: Checkpointing
 ) -> Callable[[], WanBackbone]:
     def build() -> WanBackbone:
         model = _construct(WanBackbone, config).set_attention(backend, fold)
-        model.gradient_checkpointing = checkpointing
+        model.gradient_checkpointing, model.selective = bool(checkpointing), checkpointing == "selective"
         return model
 
     return build

@@ -16,6 +16,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.utils import logger as deepspeed_logger
 from deepspeed.utils import safe_get_full_fp32_param
@@ -245,17 +246,19 @@ def accumulation(loop: Loop, world: int) -> int:
 
 def deepspeed_config(player: Player, stage: int, loop: Loop, ranks: Ranks) -> dict[str, Any]:
     """All that DeepSpeed is told, in one place."""
-    on_cpu = ranks.device.type == "cpu"
+    on_cpu, alone = ranks.device.type == "cpu", ranks.world == 1
     piece = piece_of(stage, on_cpu)
     zero = {
         "stage": stage,
         "overlap_comm": not on_cpu and stage > 1,  # gloo has no streams to overlap
         "contiguous_gradients": not on_cpu or stage == 3,
-        "reduce_scatter": player.optim.name != "muon",  # Muon needs whole gradients
+        # Muon needs whole gradients; a rank alone at stage 3 has them, and scattering would copy them twice.
+        "reduce_scatter": player.optim.name != "muon" and not (alone and stage == 3),
         "reduce_bucket_size": min(piece, BUCKET),
         "sub_group_size": piece,
         "allgather_bucket_size": BUCKET,
         "stage3_param_persistence_threshold": PERSISTENT,
+        "memory_efficient_linear": _forgets_weights(loop, ranks),
         **_offload(player, loop.offload),
     }
     return {
@@ -269,6 +272,16 @@ def deepspeed_config(player: Player, stage: int, loop: Loop, ranks: Ranks) -> di
         "steps_per_print": None,
         "wall_clock_breakdown": False,
     }
+
+
+def _forgets_weights(loop: Loop, ranks: Ranks) -> bool:
+    """Whether linear layers are DeepSpeed's own, which let gathered weights go between forward and backward pass.
+
+    They add the bias in a pass of its own, so not where weights are whole and in place anyway; and in place, which
+    would spoil a product that selective checkpointing keeps. Its blocks let the weights go by themselves.
+    """
+    gathers = ranks.world > 1 or loop.offload.parameters != "none"
+    return gathers and loop.checkpointing != "selective"
 
 
 def piece_of(stage: int, on_cpu: bool) -> int:
@@ -322,6 +335,10 @@ def _prepare(ranks: Ranks, loop: Loop) -> None:
         # Nothing of DeepSpeed's is to be compiled: gloo does without its shared-memory all-reduce, and even asking
         # what could be compiled starts compilers.
         deepspeed.ops.__dict__["__compatible_ops__"] = {}
+        # It would look for `numactl` at every bucket of gradients.
+        accelerator: Any = get_accelerator()
+        count = accelerator.device_count()
+        accelerator.device_count = lambda: count
         # Its Muon is torch.compiled, a minute per shape on a CPU.
         torch.compiler.set_stance("default" if loop.compile else "force_eager")
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, dist_backend=_backend(ranks))
