@@ -26,13 +26,16 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data_tools.ingest import ingest, read_triplets
+from data_tools.evolve import add_evolutions
+from data_tools.evolve.writers import LocalSettings, LocalWriter
+from data_tools.ingest import ingest, iterate, read_triplets
 from data_tools.verify import verify
 from v4e.data.disk import hash_of, to_json
 from v4e.data.members import pack, save_tensors
 from v4e.data.shards import SetMeta, ShardSet, ShardWriter, index_path
 from v4e.data.stream import Stream
 from v4e.errors import V4EError
+from v4e.models.vlm import Question, Reply
 from v4e.nouns import Clip, Encoded, Grid, Rollout, Sample
 
 SIZE, SAMPLES = 32, 4
@@ -461,6 +464,25 @@ TAKEN = {
 }
 
 
+# ------------------------------------------------------------------------------------------------------- evolve
+
+
+class Told:
+    """A vision-language model that sees both pictures and always says the same."""
+
+    identity: Mapping[str, object] = {"model": "told"}
+    answer = "Start: a grey sky\nProcess: it turns red slowly\nEnd: a red sky\nUnchanged: all else"
+
+    def ask(self, questions: Sequence[Question]) -> list[Reply]:
+        return [Reply(self.answer) for _ in questions]
+
+
+def prompted(folder: Path) -> tuple[list[str], str]:
+    add_evolutions(folder / "in", LocalWriter(Told(), LocalSettings(model="told")))
+    said = (folder / "in" / "evolve_fallbacks.jsonl").read_text().splitlines()
+    return said, digest_of_all((t.id, t.instruction, t.evolution) for t in iterate(folder / "in"))
+
+
 # ------------------------------------------------------------------------------------------------------- shards
 
 
@@ -689,6 +711,7 @@ SHARDS = {
 STAGES = (
     Stage("ingest jsonl", raw_list, take("edits.jsonl"), LIST),
     Stage("ingest tar", raw_tar, take("edits.tar"), TARS),
+    Stage("evolve", ingested, prompted, TAKEN),
     Stage("rollout", ingested, Reading(), TAKEN),
     Stage("verify", shard_set, verified, SHARDS),
     Stage("stream", shard_set, streamed, SHARDS),

@@ -28,7 +28,7 @@ from transformers import (
 
 from data_tools import cli, evolve
 from data_tools.evolve import writers
-from data_tools.evolve.verb import settled
+from data_tools.evolve.verb import _Places, settled
 from data_tools.evolve.writers import ServerSettings, ServerWriter
 from data_tools.ingest import Triplet, read_triplets, write_triplets
 from v4e import config as settings_of
@@ -90,6 +90,30 @@ def test_other_writers_prompts_stay_unless_told(tmp_path):
     assert read_triplets(folder)[0].evolution == "as of old"
     assert evolve.add_evolutions(folder, again=True).written == {"tone": 1}
     assert "snowy winter" in read_triplets(folder)[0].evolution
+
+
+def test_of_an_id_the_last_whole_row_counts(tmp_path):
+    lines = [b'{"id":"%s"}\n' % key for key in (b"b", b"a", b"b", b"c")]
+    (tmp_path / "log").write_bytes(b"".join(lines) + b'{"id":"a"')
+    places = _Places(tmp_path / "log")
+    size = len(lines[0])
+    assert [places.of(key) for key in ("a", "b", "c", "d")] == [size, 2 * size, 3 * size, -1]
+    (tmp_path / "log").write_bytes(b"")
+    assert _Places(tmp_path / "log").of("a") == -1
+
+
+def test_a_damaged_list_is_refused_before_anything_is_asked(tmp_path):
+    folder, writer = make_folder(tmp_path / "f", ["add a cat", "add a dog"]), Scripted(batch=1)
+    path = folder / "triplets.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    for damaged, told in (
+        (lines[0] + lines[1].replace(b"dog", b"cow"), "line 2: key t1: not the line that was written"),
+        (lines[0] + lines[1] + lines[0], "line 3: an earlier line has the id 't0' too"),
+    ):
+        path.write_bytes(damaged)
+        with pytest.raises(DataError, match=told):
+            evolve.add_evolutions(folder, writer)
+        assert writer.asked == [] and path.read_bytes() == damaged
 
 
 def test_a_damaged_log_names_the_place(tmp_path):

@@ -3,11 +3,15 @@
 import argparse
 import json
 import re
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from xxhash import xxh3_64_intdigest
 
 from data_tools.evolve import template
 from data_tools.evolve.writers import (
@@ -19,11 +23,10 @@ from data_tools.evolve.writers import (
     TemplateWriter,
     Writer,
 )
-from data_tools.ingest import Triplet, iterate, write_triplets
-from data_tools.ingest.triplets import LIST
+from data_tools.ingest import Listed, Triplet, iterate, write_triplets
 from v4e import config as settings_of
 from v4e.data.disk import lock, readable, scratch, to_json, writable, write_atomically
-from v4e.data.places import Place, exists, make_folder, place, shown
+from v4e.data.places import Place, make_folder, place, shown
 from v4e.errors import ConfigError, DataError
 from v4e.journal import open_bar
 
@@ -108,12 +111,12 @@ def add_evolutions(
         prices: of a million tokens read and written.
 
     Raises:
-        DataError: nothing was ingested there, another evolve is at work, instructions say nothing, too many fallbacks.
+        DataError: nothing was ingested there, its list is damaged, another evolve is at work, instructions say
+            nothing, too many fallbacks.
         V4EError: as the writer says.
     """
     folder, writer = place(folder), writer or TemplateWriter()
-    if not exists(folder / LIST):
-        next(iterate(folder), None)  # says what is missing
+    Listed(folder)  # says what is missing or wrong before anything is asked, and paid for
     make_folder(folder)  # or says that it cannot be written
     with writable(folder), lock(scratch(folder) / ".evolve.lock"):
         report = Report(writer.signature)
@@ -186,12 +189,12 @@ def _fold(folder: Place, report: Report, met: Callable[[Row, Triplet], object]) 
     path = scratch(folder) / LOG
     if not path.is_file():
         return
-    places = _places(path)
+    places = _Places(path)
 
     def merged() -> Iterator[Triplet]:
         with open(path, "rb") as log:
             for triplet in iterate(folder):
-                if (at := places.get(triplet.id)) is not None:
+                if (at := places.of(triplet.id)) >= 0:
                     log.seek(at)
                     row = json.loads(log.readline())
                     report.spend(row)
@@ -204,16 +207,27 @@ def _fold(folder: Place, report: Report, met: Callable[[Row, Triplet], object]) 
     path.unlink()
 
 
-def _places(log: Path) -> dict[str, int]:
-    """Where each id's last row begins; a killed run may have left half a row at the end."""
-    places, at = {}, 0
-    with open(log, "rb") as file:
-        for line in file:
-            if line.endswith(b"\n"):
-                with readable(f"{log}, byte {at}"):
-                    places[json.loads(line)["id"]] = at
-            at += len(line)
-    return places
+class _Places:
+    """Where each id's last row begins in a log, sixteen bytes a row; a kill may have left half a row at its end."""
+
+    def __init__(self, log: Path) -> None:
+        ids, starts, at = array("Q"), array("Q"), 0
+        with open(log, "rb") as file:
+            for line in file:
+                if line.endswith(b"\n"):
+                    with readable(f"{log}, byte {at}"):
+                        ids.append(xxh3_64_intdigest(json.loads(line)["id"].encode()))
+                    starts.append(at)
+                at += len(line)
+        self._ids, self._starts = np.asarray(ids, np.uint64), np.asarray(starts, np.int64)
+        order = np.argsort(self._ids, kind="stable")  # the rows of one id keep their order
+        self._ids, self._starts = self._ids[order], self._starts[order]
+
+    def of(self, key: str) -> int:
+        """The byte, or -1 where there is no such row."""
+        digest = np.uint64(xxh3_64_intdigest(key.encode()))
+        behind = int(np.searchsorted(self._ids, digest, side="right"))
+        return int(self._starts[behind - 1]) if behind and self._ids[behind - 1] == digest else -1
 
 
 def _failure(row: Row) -> list[bytes]:
