@@ -53,6 +53,7 @@ TERMS: dict[str, tuple[str, ...]] = {
     "minus_block": ("terms.block=0",),
     "minus_flow": ("terms.flow=0",),
     "minus_own": ("own_every=0",),
+    "no_guidance": ("guidance=1",),
     "no_edit_boost": ("edit_boost=0",),
     "no_flow_share": ("flow_share=0",),
     "no_level_bias": ("level_bias=0",),

@@ -52,7 +52,7 @@ def named(name: str, **fields) -> Run:
 def test_the_plan_is_complete():
     runs = ablate.plan(settings())
     table = {"full", "minus_velocity", "minus_trajectory", "minus_tail", "minus_block", "minus_flow", "minus_own"}
-    table |= {"no_edit_boost", "no_flow_share", "no_level_bias", "sft", "sft_edit_boost"}
+    table |= {"no_guidance", "no_edit_boost", "no_flow_share", "no_level_bias", "sft", "sft_edit_boost"}
     curve = {f"{s}_{o}_{n}" for s, o, n in product(("prior", "fresh"), ("distilled", "sft"), COUNTS)}
     names = [run.name for run in runs] + [run.alias for run in runs if run.alias]
     assert len(names) == len(set(names))
@@ -94,6 +94,7 @@ REMOVED = [
     ("no_edit_boost", ("edit_boost",)),
     ("no_flow_share", ("flow_share",)),
     ("no_level_bias", ("level_bias",)),
+    ("no_guidance", ("guidance",)),
 ]
 
 

@@ -77,15 +77,21 @@ def test_region_weight_by_hand():
     assert torch.allclose(weights.flatten(), torch.tensor([1.0, 3.0, 5.0, 5.0]) / 3.5)  # a ramp up to the threshold
 
 
+def test_coverage_by_hand():
+    """Of the last latent frame alone: two cells edited, one half-way, one not."""
+    change_Bthw = torch.tensor([9.0, 9.0, 9.0, 9.0, 0.0, 0.025, 0.05, 1.0]).view(1, 2, 2, 2)
+    assert losses.coverage(change_Bthw).tolist() == pytest.approx([2.5 / 4])
+
+
 def test_region_weight_without_boost_is_plain():
     assert torch.equal(losses.region_weight(torch.rand(2, 2, 3, 3), 0.0), torch.ones(2, 1, 2, 3, 3))
 
 
 @many
-@given(seeds, st.floats(0.0, 20.0), st.floats(0.01, 0.5))
-def test_region_weight_has_mean_one_and_never_forgets_a_place(seed, boost, threshold):
-    change_Bthw = torch.rand(3, 2, 4, 4, generator=torch.Generator().manual_seed(seed))
-    weights = losses.region_weight(change_Bthw, boost, threshold)
+@given(seeds, st.floats(0.0, 20.0))
+def test_region_weight_has_mean_one_and_never_forgets_a_place(seed, boost):
+    change_Bthw = 0.1 * torch.rand(3, 2, 4, 4, generator=torch.Generator().manual_seed(seed))
+    weights = losses.region_weight(change_Bthw, boost)
     assert torch.allclose(weights.mean((1, 2, 3, 4)), torch.ones(3), atol=1e-5)
     assert (weights > 0).all()
     order = change_Bthw[0].flatten().argsort()

@@ -322,8 +322,16 @@ def test_own_states_come_every_so_often_and_leave_flow_matching_alone():
 
 @pytest.mark.parametrize("step", [0, 1])
 def test_guidance_moves_every_target_by_what_the_prior_makes_of_the_evolution_prompt(step):
-    """Stored states and own ones: all terms are zero at data's velocity + (w - 1) (prior told - prior not told)."""
+    """Stored states and own ones: all terms are zero at data's velocity + (w' - 1) (prior told - prior not told),
+
+    and the more of the picture is edited, the less is w'.
+    """
     recipe, batch, offset = stored(bow=0.0, guidance=3.0, own_every=2)
+    edited_B = torch.tensor([0.0, 0.25, 1.0])  # of the last latent frame's 16 cells none, four, all
+    change = torch.zeros_like(batch.change_Bthw)
+    for row, cells in zip(change[:, -1].flatten(1), (0, 4, 16), strict=True):
+        row[:cells] = 1.0
+    batch = replace(batch, change_Bthw=change)
     told, empty = (draw(seed=s).normal("any", *batch.clip_BCthw.shape[1:]) for s in (5, 6))
     seen = []
 
@@ -334,7 +342,7 @@ def test_guidance_moves_every_target_by_what_the_prior_makes_of_the_evolution_pr
     def student(x, sigma, conditions, taps=()):
         asked.append((x, sigma))
         unguided = flow.from_x0(x, batch.rollout.end_BCthw + offset, sigma)
-        return (unguided + 2.0 * (told - empty),)
+        return (unguided + flow.like(2.0 * (1 - edited_B), x) * (told - empty),)
 
     asked = []
     made = recipe.losses({"student": student, "prior": prior}, batch, draw(), "student", step)
@@ -352,6 +360,7 @@ def test_guidance_moves_every_target_by_what_the_prior_makes_of_the_evolution_pr
 def test_off_the_grid_guidance_moves_flow_matching_too():
     recipe, batch, _ = stored(bow=1.0)
     recipe = replace(recipe, flow_share=1.0, guidance=2.0)
+    batch = replace(batch, change_Bthw=torch.zeros_like(batch.change_Bthw))
     noise = draw().normal("noise", *batch.clip_BCthw.shape[1:])
     answers = iter((noise, batch.clip_BCthw))
     players = {"student": stub(2 * (noise - batch.clip_BCthw)), "prior": lambda *_: (next(answers),)}

@@ -23,12 +23,25 @@ def change_map(frames_T3HW: Tensor, grid: Grid) -> Tensor:
     return torch.cat([pooled_Thw[:1], later])
 
 
-def region_weight(change_Bthw: Tensor, boost: float, threshold: float = 0.05) -> Tensor:
-    """Weights [B, 1, t, h, w] of mean 1 per sample: 1 + boost where the change exceeds ``threshold``.
+CHANGED = 0.05  # of full scale; a latent cell that differs more is edited
+
+
+def changed(change_Bthw: Tensor) -> Tensor:
+    """How edited each latent cell is: its change as a part of ``CHANGED``, at most 1."""
+    return (change_Bthw / CHANGED).clamp(max=1)
+
+
+def coverage(change_Bthw: Tensor) -> Tensor:
+    """Share of a clip's last latent frame that is edited [B]: about a tenth for a local edit, one for a style."""
+    return changed(change_Bthw)[:, -1].mean((1, 2))
+
+
+def region_weight(change_Bthw: Tensor, boost: float) -> Tensor:
+    """Weights [B, 1, t, h, w] of mean 1 per sample: 1 + boost where the clip changes.
 
     A local edit covers a tenth of the picture; without this the rest drowns it.
     """
-    raw = 1 + boost * (change_Bthw / threshold).clamp(max=1)
+    raw = 1 + boost * changed(change_Bthw)
     return (raw / raw.mean((1, 2, 3), keepdim=True))[:, None]
 
 

@@ -231,16 +231,18 @@ class Video4Edit:
         return choose(point.kept_B >= 0, reached, point)
 
     def _guided(self, prior: Backbone, point: Point, batch: EditBatch, teacher: Conditions) -> Point:
-        """The point as guidance would have it: velocity and clean end move on by (w - 1) (v_evolution - v_empty).
+        """The point as guidance would have it: velocity and clean end move on by (w' - 1) (v_evolution - v_empty).
 
         Model-guidance (Tang et al. 2025, arXiv 2502.12154), but by a model that stays as it was: the prior
-        knows what an evolution prompt asks of a picture before the student knows it of an instruction.
+        knows what an evolution prompt asks of a picture before the student knows it of an instruction. The more
+        of the picture an edit covers, the less it is guided: a style needs no decision, and would over-saturate.
         """
         told = replace(batch.conditions, text_BLE=teacher.text_BLE, words_B=teacher.words_B)
         empty = told.drop_text(batch.null_BLE, batch.null_words_B, torch.ones_like(told.words_B, dtype=torch.bool))
         with torch.no_grad():
             v, v_empty = (prior(point.x_BCthw, point.sigma_B, c)[0].float() for c in (told, empty))
-        offset = (self.guidance - 1) * (v - v_empty)
+        scale_B = (self.guidance - 1) * (1 - losses.coverage(batch.change_Bthw))
+        offset = flow.like(scale_B, v) * (v - v_empty)
         end = point.end_BCthw - flow.like(point.sigma_B, offset) * offset
         return point._replace(velocity_BCthw=point.velocity_BCthw + offset, end_BCthw=end)
 
