@@ -2,13 +2,15 @@
 
 import inspect
 import json
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from data_tools.bench import __main__ as bench
-from data_tools.bench import clock, editing, lasting, training
+from data_tools.bench import clock, editing, holding, lasting, training
 
 
 def test_a_bar_is_held_at_its_edge_and_not_below():
@@ -51,6 +53,28 @@ def test_a_report_keeps_other_figures_and_fails_below_a_bar(tmp_path, monkeypatc
     assert told["figures"] == {"rollout_speedup": 4.5, "data_wait": 0.5}
     assert told["laps"]["rollout_speedup"] == [3.0, 5.0, 4.5]
     assert "| `data_wait` | 0.5 **not held** |" in (tmp_path / "page.md").read_text()
+
+
+def test_a_peak_is_that_of_the_work_and_not_of_the_process_before_or_above(tmp_path):
+    """This process has held more, and a child that it starts would tell so by its ru_maxrss."""
+    big = bytearray(b"x") * (400 << 20)
+    held = holding.peak_of(lambda: None)
+    del big
+    assert holding.peak_of(lambda: None) < held - 300
+    assert holding.peak_of(lambda: bytes(bytearray(b"x") * (200 << 20))) > holding.peak_of(lambda: None) + 300
+    code = "from data_tools.bench import holding; print(holding.peak_of(lambda: None))"
+    big = bytearray(b"x") * (1 << 30)
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(child.stdout) < len(big) >> 20
+
+
+@pytest.mark.slow
+def test_no_verb_holds_its_edits_in_memory():
+    """Ten times the edits; the whole measurement is `make bench ARGS=holding`."""
+    found = holding.measure(largest=10_000)
+    growth = {name: value for name, value in found.items() if name.endswith("_peak_growth")}
+    assert growth.keys() == {f"{name}_peak_growth" for name in (*holding.COMMANDS, "read")}
+    assert max(growth.values()) < 1.05, found
 
 
 class Time:

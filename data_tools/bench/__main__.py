@@ -61,6 +61,7 @@ BENCHES = {
     "feeding": Bench(60, {"steps": 30}),
     "lasting": Bench(200, {"steps": 100}),
     "ingesting": Bench(150, {"edits": 12, "turns": 1}),
+    "holding": Bench(400, {"largest": 1000}),
     "reading": Bench(150, {"samples": 200, "rounds": 1, "largest": 10_000, "steps": 100}),
 }
 FIGURES = {
@@ -97,7 +98,21 @@ FIGURES = {
     "open_s": Figure("processor seconds to open a set of 1,000,000 samples in 10,000 shards", high=2),
     "permute_s": Figure("... to put an epoch of it in order"),
     "seek_us": Figure("... and microseconds to find any sample of that order"),
-    "read_peak_growth": Figure("peak memory of reading a set of 100,000 samples over that of 1,000", high=1.1),
+    **{
+        f"{name}_peak_growth": Figure(f"peak memory of {what}, for 100,000 edits over 1,000", high=1.25)
+        for name, what in {
+            "ingest": "ingest",
+            "evolve": "evolve",
+            "verify_edits": "verify of edits",
+            "rollout": "a rank of a roll-out, its models stood in for",
+            "verify": "verify of shards",
+            "stats": "stats",
+            "filter": "filter",
+            "merge": "merge",
+            "reshard": "reshard",
+            "read": "opening shards and an epoch's order",
+        }.items()
+    },
     "loader_memory_slope": Figure("MB that reading and batching grow by in 1,000 steps, over 2,000", high=1),
 }
 Found = Mapping[str, float | list[float]]

@@ -9,8 +9,6 @@ numbers, and makes batches in fp32, twice the bytes that were read.
 """
 
 import os
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -36,14 +34,13 @@ from v4e.nouns import Encoded, Grid, Rollout, Sample
 STUDENT, TEACHER = Grid(5, 64, 64, (4, 4, 4)), Grid(9, 64, 64, (4, 4, 4))
 META = SetMeta("rollout", STUDENT, TEACHER)
 C, K, E, V = 16, 8, 128, 128  # latent channels, kept states, widths of text and vision: wan-nano's
-FORMS = (1000, 10_000, 100_000)  # numbers of samples for which memory is measured
 DIFFERENT = 32  # samples of random numbers; they are written again and again
 BATCH, MICRO, READERS = 64, 8, 8
 Found = Mapping[str, float | list[float]]
 
 
 def measure(samples: int = 2000, rounds: int = 5, largest: int = 1_000_000, steps: int = 2000) -> Found:
-    """``read_ratio`` and what it is made of, the rates in MB a second; then scale, memory and its slope.
+    """``read_ratio`` and what it is made of, the rates in MB a second; then scale and the slope of memory.
 
     Args:
         rounds: both sides alternate so many times; medians count.
@@ -61,7 +58,6 @@ def measure(samples: int = 2000, rounds: int = 5, largest: int = 1_000_000, step
         "read_batches_mb_s": [round(size / ours.wall, 1) for ours, _, _ in cold],
         "read_raw_mb_s": [round(size / raw.wall, 1) for _, raw, _ in cold],
         **scale(largest, largest // 100),
-        **memory([form for form in FORMS if form <= largest]),
         **steady(steps),
     }
 
@@ -184,15 +180,6 @@ def scale(samples: int = 1_000_000, shards: int = 10_000, seeks: int = 2000) -> 
     }
 
 
-def memory(forms: Sequence[int] = FORMS) -> dict[str, float]:
-    """Peak MB of a process that opens a set of so many samples and looks up the keys of an epoch's first thousand.
-
-    ``read_peak_growth`` is that of the largest set over that of the smallest.
-    """
-    peaks = {f"read_peak_mb_{samples}": _peak(samples) for samples in forms}
-    return {**peaks, "read_peak_growth": round(max(peaks.values()) / min(peaks.values()), 3)}
-
-
 def steady(steps: int = 2000, samples: int = 200, batch: int = 8, lap: int = 50) -> dict[str, float]:
     """``loader_memory_slope``: MB that reading and batching grow by in 1,000 steps, after a quarter of them.
 
@@ -231,23 +218,6 @@ def forge(folder: Path, samples: int, shards: int) -> None:
         infos.append(asdict(ShardInfo(tar.name, each, 1024 * each, hash_of(index))))
     manifest = {"format": FORMAT, **META.to_dict(), "samples": samples, "shards": infos}
     (folder / "manifest.json").write_bytes(to_json(manifest, indent=1))
-
-
-def _peak(samples: int) -> float:
-    with tempfile.TemporaryDirectory() as folder:
-        forge(Path(folder), samples, samples // 100)
-        command = [sys.executable, "-c", _READ, folder]
-        return round(int(subprocess.run(command, check=True, capture_output=True, text=True).stdout) / 1024, 1)
-
-
-_READ = """
-import resource, sys
-from v4e.data.stream import Stream
-stream = Stream(sys.argv[1], seed=0, batch=1, micro_batch=1)
-for n in range(1000):
-    stream.mixture.name(stream.order[n])
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-"""
 
 
 if __name__ == "__main__":
