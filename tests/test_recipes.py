@@ -518,18 +518,18 @@ def test_a_samples_draws_do_not_depend_on_its_batch():
 # docs/decisions.md that says why. `python tests/test_recipes.py` prints the present values.
 GOLDEN: dict[str, dict[str, float]] = {
     "video4edit": {
-        "velocity 24": 2.9506349563598633,
-        "trajectory 24": 2.354597806930542,
-        "tail 24": 1.879593014717102,
-        "flow 24": 2.163362503051758,
-        "block 24": 0.7318205833435059,
-        "total 24": 5.812234401702881,
+        "velocity 24": 2.8214244842529297,
+        "trajectory 24": 2.3737218379974365,
+        "tail 24": 1.7331262826919556,
+        "flow 24": 2.168299436569214,
+        "block 24": 0.7493565082550049,
+        "total 24": 5.684826850891113,
         "velocity 25": 0.0,
         "trajectory 25": 0.0,
         "tail 25": 0.0,
-        "flow 25": 2.163362503051758,
-        "own 25": 4.216392993927002,
-        "total 25": 6.37975549697876,
+        "flow 25": 2.168299436569214,
+        "own 25": 4.229989528656006,
+        "total 25": 6.398288726806641,
     },
     "flow_matching": {
         "flow 24": 2.318695545196533,
