@@ -48,7 +48,7 @@ class Browser:
         """What a function's body returns."""
         return self.ask("POST", "execute/sync", script=script, args=args)
 
-    def wait(self, script: str, seconds: float = 120) -> object:
+    def wait(self, script: str, seconds: float = 240) -> object:
         """What an expression comes to be, once that is true; it is looked at ten times a second."""
         end = time.monotonic() + seconds
         while not (value := self.run(f"return {script}")):
