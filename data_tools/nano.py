@@ -8,7 +8,7 @@ Stages, each a folder under the work directory with a checkpoint it resumes from
     teacher-2          goes on with the same clips               i2v-2 to i2v-4     go on, each on new clips
     bundle             bf16 folders, to v4e/assets
 
-`--card runs/demo/report.json` then writes the model cards with the figures a demo measured;
+`--card runs/long/report.json` then writes the model cards with the figures that `make student` measured;
 `--student runs/long` ships the student of a longer demo (`make student`) beside them, with its card.
 
 The encoders have no loop of v4e's own: they are what a user of real Wan downloads. The two DiTs are trained by
@@ -685,7 +685,7 @@ library_name: diffusers
 (docs/nano.md) on procedural edit clips over photographs bundled with scikit-image and scikit-learn (docs/world.md).
 {parameters} parameters in the transformer, bf16. It exists so that v4e runs anywhere; nobody would print its edits.
 
-Figures, measured by `make demo` on photographs and combinations that no training saw ({n} edits a row):
+Figures, measured by `make student` on photographs and combinations that no training saw ({n} edits a row):
 
 | row | solver steps | PSNR, dB | middle frames, dB | sharpness | oracle success |
 |---|---|---|---|---|---|
