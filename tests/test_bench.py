@@ -141,8 +141,20 @@ def test_denoising_lasts_from_the_first_forward_to_the_solvers_last_step(time):
 
 def test_the_slope_of_memory_is_that_of_a_line_after_the_warm_up(monkeypatch):
     sizes = iter(100 + 0.02 * n for n in range(10**6))
-    monkeypatch.setattr(lasting, "_resident", lambda: next(sizes))
+    monkeypatch.setattr(lasting, "resident", lambda what: 1e6 * next(sizes))
     watched = lasting.Watched(SimpleNamespace(step=lambda step: [step]))
     assert [watched.step(step) for step in range(700)] == [[step] for step in range(700)]
     assert [step for step, _ in watched.sizes] == list(range(lasting.WARM_UP, 700, lasting.EVERY))
     assert watched.slope() == pytest.approx(0.02 / lasting.EVERY * 1000)
+
+
+def test_a_machines_rate_counts_all_units_but_each_ranks_first_and_a_rank_that_waits():
+    """Two ranks begin at 10 and 12; three more units of 8, the last of which one rank makes alone."""
+    assert ranks.rate([20, 12, 10, 31, 22], 2, 8) == pytest.approx(3 * 8 / (31 - 11))
+
+
+def test_final_latents_that_differ_are_an_error():
+    ends = torch.zeros(2, 4)
+    plain.check(ends, ends + 0.9 * plain.TOLERANCE)
+    with pytest.raises(AssertionError, match="final latents differ by 0.0002"):
+        plain.check(ends, ends - 2 * plain.TOLERANCE)

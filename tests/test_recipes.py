@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from v4e import config, flow
 from v4e.config import Loop
 from v4e.errors import ConfigError, DataError
-from v4e.nouns import Draw, EditBatch, Encoded, Grid, Losses, Rollout, Sample
+from v4e.nouns import Draw, EditBatch, Encoded, Grid, Levels, Losses, Rollout, Sample
 from v4e.recipes import TABLE, pick
 from v4e.recipes.flow_matching import FlowMatching
 from v4e.recipes.video4edit import Terms, Video4Edit, anchored, shared_tokens
@@ -470,6 +470,29 @@ def test_flow_matching_is_zero_at_noise_minus_data():
     batch = recipe.batch(samples(), [1.0] * 3)
     noise = draw().normal("noise", *batch.clip_BCthw.shape[1:])
     assert recipe.losses({"student": stub(noise - batch.clip_BCthw)}, batch, draw(), "student", 0).total == 0
+
+
+def test_levels_are_uniform_or_logit_normal_and_shifted_after():
+    many = Draw(0, tuple(range(4000)))
+    plain = flow.draw_sigma(many, Levels(), 3.0)
+    assert torch.equal(plain, flow.shift(many.uniform("sigma"), 3.0))
+    middle = flow.shift(flow.draw_sigma(many, Levels("logit_normal", -0.5, 0.8), 3.0), 1 / 3.0).logit()
+    assert middle.mean().item() == pytest.approx(-0.5, abs=0.05) and middle.std().item() == pytest.approx(0.8, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    "make", [flow_matching, lambda **f: video4edit(flow_share=1.0, student_blocks=(), teacher_blocks=(), **f)]
+)
+def test_a_recipe_draws_its_levels_as_it_is_told(make):
+    recipe, asked = make(levels=Levels("logit_normal", 2.0, 0.5)), []
+    batch = recipe.batch(samples(), [1.0] * 3)
+
+    def student(x, sigma, conditions, taps=()):
+        asked.append(sigma)
+        return (x,)
+
+    recipe.losses({"student": student}, batch, draw(), "student", 1)
+    assert torch.allclose(asked[0], flow.draw_sigma(draw(), recipe.levels, recipe.shift))
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from v4e.nouns import Draw, Levels
+
 TRAIN_STEPS = 1000  # Wan numbers its timesteps 0..999
 FIRST_SIGMA = 1 - 1e-6  # diffusers' UniPC starts here: log(1 - sigma) must be finite
 
@@ -16,6 +18,13 @@ FIRST_SIGMA = 1 - 1e-6  # diffusers' UniPC starts here: log(1 - sigma) must be f
 def shift(sigma: Tensor, by: float) -> Tensor:
     """Warp noise levels towards noise: s*sigma / (1 + (s-1)*sigma) (Stable Diffusion 3, arXiv 2403.03206, eq. 23)."""
     return by * sigma / (1 + (by - 1) * sigma)
+
+
+def draw_sigma(draw: Draw, levels: Levels, by: float) -> Tensor:
+    """Noise levels of a batch [B]: drawn as ``levels`` says, then shifted."""
+    if levels.kind == "uniform":
+        return shift(draw.uniform("sigma"), by)
+    return shift((levels.mean + levels.std * draw.normal("sigma")).sigmoid(), by)
 
 
 def time_grid(steps: int, by: float) -> Tensor:

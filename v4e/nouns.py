@@ -350,6 +350,20 @@ class Prediction:
 
 
 @dataclass(frozen=True)
+class Levels:
+    """How noise levels of flow matching are drawn, before the recipe's shift.
+
+    Args:
+        kind: ``uniform``, or ``logit_normal``, whose logit is normal with ``mean`` and ``std``: most levels in the
+            middle (Stable Diffusion 3, arXiv 2403.03206, eq. 19).
+    """
+
+    kind: Literal["uniform", "logit_normal"] = "uniform"
+    mean: float = 0.0
+    std: float = 1.0
+
+
+@dataclass(frozen=True)
 class Optim:
     """Optimiser settings of one player."""
 

@@ -10,7 +10,6 @@ card, not of what its vendor says. Models are DiTs alone: an encoder's time, or 
 import argparse
 import json
 import platform
-import resource
 import subprocess
 import sys
 import tempfile
@@ -41,6 +40,7 @@ from v4e.nouns import Conditions, Grid
 from v4e.pipelines import Guidance, denoise, few_step_scheduler
 from v4e.plan import census, forward_flops, passes, shape
 from v4e.recipes.flow_matching import FlowMatching
+from v4e.train import meter
 from v4e.train.engines import cast
 from v4e.train.loop import Progress, train
 
@@ -189,7 +189,7 @@ def _training(scale: Scale, layers: int, stage: int, lora: Lora) -> Result:
         stream.close()
     if progress.skipped:
         raise TrainingError(f"{progress.skipped} of {steps} steps were not finite, so that nothing was measured")
-    rounds, _ = passes({}, False, counted.trained / counted.elements)
+    rounds = passes({}, False, counted.trained / counted.elements)
     return {
         "laps": _between(marks)[1:],
         "flops": rounds * forward_flops(counted.shape, grid.tokens),
@@ -465,7 +465,7 @@ def memory() -> float:
     """GB at this process's peak: of the GPU, or of main memory where there is none."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / GB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GB
+    return meter.resident("VmHWM") / GB
 
 
 def machine() -> str:

@@ -1,6 +1,5 @@
 """Whether a training's memory stays flat: a tiny Wan under ZeRO-3, its averages, journal, checkpoints and shards."""
 
-import resource
 import tempfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,6 +9,7 @@ import torch
 
 from data_tools.bench.training import encoded, recipe, shaped
 from v4e.data.stream import Slice, Stream
+from v4e.train.meter import resident
 from v4e.train.run import train_recipe
 
 TINY = {"num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 32, "added_kv_proj_dim": 24, "num_layers": 1}
@@ -47,18 +47,13 @@ class Watched:
 
     def step(self, step: int) -> list[Slice]:
         if step >= WARM_UP and step % EVERY == 0:
-            self.sizes.append((step, _resident()))
+            self.sizes.append((step, resident("VmRSS") / 1e6))
         return self.stream.step(step)
 
     def slope(self) -> float:
         """MB in 1,000 steps, by least squares."""
         steps, sizes = np.array(self.sizes).T
         return 1000 * float(np.polyfit(steps, sizes, 1)[0])
-
-
-def _resident() -> float:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize() / 1e6
 
 
 if __name__ == "__main__":

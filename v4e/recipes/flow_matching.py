@@ -12,7 +12,7 @@ from v4e import flow, losses
 from v4e.config import Loop
 from v4e.data.collate import TextKind, collate
 from v4e.models import wan
-from v4e.nouns import Draw, EditBatch, Losses, Optim, Player, Sample
+from v4e.nouns import Draw, EditBatch, Levels, Losses, Optim, Player, Sample
 from v4e.verbs import Backbone
 
 
@@ -25,7 +25,7 @@ class FlowMatching:
         fresh: keep only the architecture of ``init`` and start from random weights.
         conditioned_on: the first frame (I2V) or both ends (FLF2V).
         text: which prompt the model reads.
-        shift: noise levels are drawn uniformly, then shifted by this.
+        shift: noise levels are drawn as ``levels`` says, then shifted by this.
         edit_boost: extra weight of places that change (losses.region_weight); 0 is plain flow matching.
         drop_text: share of samples that see the empty prompt, for guidance.
     """
@@ -35,6 +35,7 @@ class FlowMatching:
     conditioned_on: Literal["first", "first_and_last"] = "first"
     text: TextKind = "instruction"
     shift: float = 3.0
+    levels: Levels = field(default_factory=Levels)
     edit_boost: float = 0.0
     drop_text: float = 0.1
     attention: wan.Attention = "auto"
@@ -67,7 +68,7 @@ class FlowMatching:
 
     def losses(self, players: Mapping[str, Backbone], batch: EditBatch, draw: Draw, turn: str, step: int) -> Losses:
         noise = draw.normal("noise", *batch.clip_BCthw.shape[1:]).to(batch.clip_BCthw.device)
-        sigma_B = flow.shift(draw.uniform("sigma"), self.shift).to(noise.device)
+        sigma_B = flow.draw_sigma(draw, self.levels, self.shift).to(noise.device)
         dropped = draw.uniform("drop_text") < self.drop_text
         conditions = batch.conditions.drop_text(batch.null_BLE, batch.null_words_B, dropped)
         v = players[turn](flow.mix(batch.clip_BCthw, noise, sigma_B), sigma_B, conditions)[0]

@@ -17,7 +17,7 @@ from v4e.config import Loop
 from v4e.data.collate import collate
 from v4e.errors import ConfigError
 from v4e.models import wan
-from v4e.nouns import Conditions, Draw, EditBatch, Losses, Optim, Player, RolloutBatch, Sample
+from v4e.nouns import Conditions, Draw, EditBatch, Levels, Losses, Optim, Player, RolloutBatch, Sample
 from v4e.verbs import Backbone
 
 
@@ -71,7 +71,7 @@ class Video4Edit:
         fresh: keep only the architecture of ``student`` and start from random weights.
         shift: the student's own; its few-step grids must be among the stored levels.
         few_steps: grids whose levels the ``trajectory`` term trains.
-        flow_share: share of samples trained off the grid by flow matching.
+        flow_share: share of samples trained off the grid by flow matching, at ``levels``.
         level_bias: a stored level is drawn with probability proportional to its noise level to this power. Near noise
             the model must decide the edit from source and instruction; further down the state already shows it.
         edit_boost: extra weight of places the roll-out changes (losses.region_weight).
@@ -90,6 +90,7 @@ class Video4Edit:
     shift: float = 3.0
     few_steps: tuple[int, ...] = (1, 2, 4, 8)
     flow_share: float = 0.25
+    levels: Levels = field(default_factory=Levels)
     level_bias: float = 0.0
     edit_boost: float = 4.0
     student_blocks: tuple[int, ...] = ()
@@ -107,15 +108,12 @@ class Video4Edit:
     def players(self) -> Sequence[Player]:
         declared = self._declare(self.student, "i2v", self.loop.seed if self.fresh else None)
         student = Player("student", *declared, True, self.optim, self.zero_stage)
-        frozen = {"teacher": (self.teacher, "flf2v")} if self._matches_blocks else {}
-        frozen |= {"prior": (self.student, "i2v")} if self._is_guided else {}
-        return [
-            student,
-            *(
-                Player(name, *self._declare(*which), False, zero_stage=self.zero_stage)
-                for name, which in frozen.items()
-            ),
-        ]
+        players = [student]
+        if self._matches_blocks:
+            players.append(Player("teacher", *self._declare(self.teacher, "flf2v"), False, zero_stage=self.zero_stage))
+        if self._is_guided:
+            players.append(Player("prior", *self._declare(self.student, "i2v"), False, zero_stage=self.zero_stage))
+        return players
 
     def batch(self, samples: Sequence[Sample], weights: Sequence[float]) -> EditBatch:
         batch = collate(samples, weights, rollout=True)
@@ -209,7 +207,7 @@ class Video4Edit:
     def _mixed(self, batch: EditBatch, draw: Draw) -> Point:
         """Flow matching's own point: straight path, noise level drawn and shifted."""
         noise = draw.normal("noise", *batch.clip_BCthw.shape[1:])
-        sigma_B = flow.shift(draw.uniform("sigma"), self.shift)
+        sigma_B = flow.draw_sigma(draw, self.levels, self.shift)
         x = flow.mix(batch.clip_BCthw, noise, sigma_B)
         none_kept = torch.full_like(sigma_B, OFF_GRID, dtype=torch.long)
         return Point(x, sigma_B, flow.velocity(batch.clip_BCthw, noise), batch.clip_BCthw, none_kept)

@@ -1,8 +1,8 @@
 """What a training makes of its machine: speed, utilisation, memory."""
 
-import resource
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -54,14 +54,17 @@ def named_peak(name: str) -> float:
 
 def memory(ranks: Ranks) -> dict[str, float]:
     """Of the rank that has most, in GB: the accelerator's peak so far, main memory now and at its peak."""
-    peak_rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    own = {"host_memory_gb": _resident() / GB, "host_memory_peak_gb": peak_rss / GB}
+    own = {"host_memory_gb": resident("VmRSS") / GB, "host_memory_peak_gb": resident("VmHWM") / GB}
     if ranks.device.type == "cuda":
         own["memory_gb"] = torch.cuda.max_memory_allocated(ranks.device) / GB
     everyone = dist.gather(own)
     return {name: max(each[name] for each in everyone) for name in own}
 
 
-def _resident() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize()
+def resident(what: Literal["VmRSS", "VmHWM"]) -> int:
+    """Bytes of this process in main memory: now, or at its peak.
+
+    ``getrusage`` would tell the peak of the process that started this one where it was larger: exec keeps it.
+    """
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(what)).split()[1])
