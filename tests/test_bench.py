@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from data_tools.bench import __main__ as bench
-from data_tools.bench import clock, editing, holding, lasting, training
+from data_tools.bench import clock, editing, holding, lasting, plain, ranks, training
 
 
 def test_a_bar_is_held_at_its_edge_and_not_below():

@@ -582,6 +582,7 @@ class TeacherPipeline(WanPipeline):
         solver: Solver = "unipc",
         guidance: Guidance = Guidance(),
         fold: bool = False,
+        onednn: bool = False,
         null_LE: Tensor | None = None,
     ) -> Trajectory:
         """Roll out and keep what is at ``levels``.
@@ -592,6 +593,7 @@ class TeacherPipeline(WanPipeline):
             steps: of the solver; 0 for K.
             shift: spreads the further steps between the levels (flow.refine); 0 for the folder's own.
             fold: see :meth:`EditPipeline.edit_batch`.
+            onednn: see :meth:`WanBackbone.remembering`.
             null_LE: the empty prompt's embedding, where it is known.
         """
         kept: list[tuple[float, Tensor, Tensor]] = []
@@ -602,7 +604,7 @@ class TeacherPipeline(WanPipeline):
             if next(wanted):
                 kept.append((sigma, x_BCthw, v_BCthw))
 
-        end = self._denoise(scheduler, noise_BCthw, conditions, guidance, fold, keep, null_LE)
+        end = self._denoise(scheduler, noise_BCthw, conditions, guidance, fold, onednn, keep, null_LE)
         sigmas, states, velocities = zip(*kept, strict=True)
         x_BKCthw, v_BKCthw = (torch.stack([x.float() for x in xs], dim=1) for xs in (states, velocities))
         return Trajectory(torch.tensor(sigmas), x_BKCthw, v_BKCthw, end.float())
@@ -614,6 +616,7 @@ class TeacherPipeline(WanPipeline):
         conditions: Conditions,
         guidance: Guidance,
         fold: bool,
+        onednn: bool = False,
         watch: Watch = lambda sigma, x_BCthw, v_BCthw: None,
         null_LE: Tensor | None = None,
     ) -> Tensor:
@@ -622,7 +625,7 @@ class TeacherPipeline(WanPipeline):
         device = self._execution_device
         conditions = conditions.to(device)
         null = self.null_of(conditions, null_LE) if guidance.scale > 1 else None
-        with self.backbone.remembering():
+        with self.backbone.remembering(onednn):
             return denoise(self.backbone, scheduler, noise_BCthw.to(device), conditions, null, guidance, watch)
 
 

@@ -55,7 +55,7 @@ class Bench:
 
 
 BENCHES = {
-    "rolling": Bench(150, {"steps": 8, "rounds": 1}),
+    "rolling": Bench(240, {"steps": 8, "rounds": 1, "batch": 4, "units": 2}),
     "editing": Bench(420, {"turns": 1, "edits": 1, "video_steps": 4}),
     "training": Bench(330, {"blocks": 4}),
     "feeding": Bench(60, {"steps": 30}),
@@ -65,9 +65,10 @@ BENCHES = {
     "reading": Bench(150, {"samples": 200, "rounds": 1, "largest": 10_000, "steps": 100}),
 }
 FIGURES = {
-    "rollout_speedup": Figure("roll-outs a second, against a loop over the stock pipeline", low=4),
+    "rollout_speedup": Figure("roll-outs a second of all cores, against a loop over the stock pipeline", low=4),
     "rollout_dit_share": Figure("share of a roll-out's time inside the DiT's forward", low=0.85),
-    "rollout_speedup_32": Figure("the speed-up at 32 x 32 pixels, 48 tokens"),
+    "rollout_speedup_one_thread": Figure("both on one thread, processor time"),
+    "rollout_speedup_one_thread_32": Figure("the same at 32 x 32 pixels, 48 tokens"),
     "rollout_dit_share_32": Figure("the share there"),
     "edit_speedup_same_grid": Figure("denoising of a 4-step edit against 50 guided steps, both of 5 frames", low=24),
     "edit_speedup_81_frames": Figure("the same against 50 guided steps of 81 frames", low=255),

@@ -40,6 +40,7 @@ class RolloutConfig:
         batch: triplets a pass of teacher and VAE; also the unit of work, the most that a killed rank loses.
         dtype: the teacher's. ``stored``: of tensors in shards.
         fold_text_padding: faster text attention in a small model; see v4e/models/attention.py.
+        onednn: the teacher's blocks in fp32 on a CPU by oneDNN; see v4e/models/onednn.py.
         threads: CPU threads, part of what makes restarts exact; 0 leaves torch's choice.
         span: GPUs that work on one roll-out together, by context parallelism.
         part, parts: this process's share; ``parts: 0`` asks the launcher, or Slurm.
@@ -69,6 +70,7 @@ class RolloutConfig:
     stored: Literal["fp32", "bf16"] = "bf16"
     attention: Attention = "auto"
     fold_text_padding: bool = False
+    onednn: bool = False
     threads: int = 0
     device: str = ""
     span: int = 1
@@ -92,6 +94,12 @@ class RolloutConfig:
         if 0 < self.steps < (kept := len(self.levels) - 1):
             raise ConfigError(f"steps = {self.steps} are fewer than the {kept} levels kept", where="key steps")
         self._check_span()
+        self._check_onednn()
+
+    def _check_onednn(self) -> None:
+        if self.onednn and not (self.fold_text_padding and self.dtype == "fp32" and self.span == 1):
+            fix = "give fold_text_padding=true dtype=fp32 span=1, or leave onednn out"
+            raise ConfigError("oneDNN is for folded text padding in fp32", where="key onednn", fix=fix)
 
     def _check_span(self) -> None:
         if self.span < 1:
@@ -113,4 +121,6 @@ class RolloutConfig:
     def settings(self) -> dict[str, str | int | float | bool]:
         """What changes a sample's bytes, but for models and triplets, which count by their content."""
         values = {k: v for k, v in asdict(self).items() if k not in NOT_IN_A_SAMPLE}
+        if not self.onednn:  # folders that are older than this setting go on
+            del values["onednn"]
         return values | {"step_counts": " ".join(map(str, self.step_counts))}

@@ -19,6 +19,7 @@ from v4e.data.places import read_bytes
 from v4e.data.shards import FORMAT, SetMeta
 from v4e.errors import DataError
 from v4e.models.codec import WanCodec
+from v4e.models.onednn import require_onednn
 from v4e.nouns import Clip, Encoded, Origin, Rollout, Sample, seed_of
 from v4e.pipelines import CODEC_PARTS, TeacherPipeline, Trajectory, noise_of
 
@@ -28,6 +29,8 @@ class Models:
 
     def __init__(self, config: RolloutConfig, device: torch.device, team: dist.Team = dist.ALONE) -> None:
         self.config, self.device, self.team = config, device, team
+        if config.onednn:
+            require_onednn(device)
         if config.threads:
             torch.set_num_threads(config.threads)
         self.source = config.codec or config.teacher
@@ -157,6 +160,7 @@ class Worker:
             solver=config.solver,
             guidance=config.guide,
             fold=config.fold_text_padding,
+            onednn=config.onednn,
             null_LE=encoded[0].null_LE,
         )
         return [self._kept(trajectory, b) for b in range(len(items))]

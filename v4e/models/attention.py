@@ -95,7 +95,7 @@ class Processor:
     ) -> Tensor:
         context = _unpack(encoder_hidden_states, hidden_states)
         q = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
-        (k, v), images = _project(attn, context)
+        (k, v), images = project(attn, context)
         if rotary_emb is not None:
             q, k = rotate(q, *rotary_emb), rotate(k, *rotary_emb)
         out = self._attend(q, k, v, context.bias_B11L)
@@ -129,7 +129,7 @@ def _unpack(context: Tensor | Context | None, own_tokens_BSD: Tensor) -> Context
     return Context(context, context.shape[1] - TEXT_TOKENS)
 
 
-def _project(attn: WanAttention, context: Context) -> Projected:
+def project(attn: WanAttention, context: Context) -> Projected:
     """Keys and values, computed once where the context has a memory."""
     memory = {} if context.memory is None else context.memory
     if attn not in memory:
