@@ -21,13 +21,14 @@ from torch import Tensor
 
 from v4e import flow
 from v4e.data.disk import hash_of
+from v4e.data.members import as_image
 from v4e.errors import V4EError
 from v4e.models.codec import WanCodec
 from v4e.models.folder import locate
 from v4e.models.original import save_original
 from v4e.models.wan import WanBackbone, declare, load_backbone
 from v4e.nouns import TEXT_TOKENS, Clip, Conditions, Grid, known_mask_4thw, pad_words
-from v4e.pipelines import Guidance, TeacherPipeline, as_image, denoise, noise_of
+from v4e.pipelines import Guidance, TeacherPipeline, denoise, noise_of
 
 SEED, SIGMA, SCALE = 7, 0.7, 3.0
 PROMPT = "the sky turns red"

@@ -601,7 +601,7 @@ def test_look_makes_one_page(tmp_path):
         for n in range(4):
             writer.add(painted(n, 0.25, 0.75 + n))
     page = look.look(tmp_path / "set", tmp_path / "look.html", codec=Painter(), rows=3).read_text()
-    assert page.count("<section>") == 3 and "größer" in page and "roll-out's end".replace("'", "&#x27;") in page
+    assert page.count("<section class=") == 3 and "größer" in page and "roll-out's end".replace("'", "&#x27;") in page
     assert not re.search(r"(src|href)=\"(?!data:)", page) and "<script" not in page and "http" not in page
 
 

@@ -131,4 +131,4 @@ def test_all_real_triplets_go_through_wan_nano(tmp_path, capsys):
     assert list(found.keys) == [t.id for t in taken] == [row["id"] for row in rows()] and len(found) == COUNT
     assert stats(made)[0].counts["task"] == dict(Counter(t.task for t in taken).most_common())
     page = (tmp_path / "shards/look.html").read_text()
-    assert page.count("<section>") == 24 and "could not be read" not in page
+    assert page.count("<section class=") == 24 and "could not be read" not in page

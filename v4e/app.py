@@ -135,13 +135,14 @@ def serve(studio: Studio, host: str, port: int | None) -> None:
 @contextmanager
 def _folder_of_ones_own() -> Iterator[None]:
     """Temporary files of this process go where no other user looks, and are gone when it ends, by Ctrl-C or by kill."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with tempfile.TemporaryDirectory(prefix="v4e-app-") as folder:
-        before, tempfile.tempdir = tempfile.tempdir, folder
-        try:
+    handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    before = tempfile.tempdir
+    try:
+        with tempfile.TemporaryDirectory(prefix="v4e-app-") as tempfile.tempdir:
             yield
-        finally:
-            tempfile.tempdir = before
+    finally:
+        tempfile.tempdir = before
+        signal.signal(signal.SIGTERM, handler)
 
 
 ALONE: dict[str, Any] = {  # nothing is shared, served or asked for that the page does not need

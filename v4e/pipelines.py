@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from v4e import flow
+from v4e.data.members import as_image
 from v4e.errors import CheckpointError, ConfigError, DataError
 from v4e.models.attention import Attention
 from v4e.models.codec import WanCodec
@@ -639,11 +640,6 @@ def as_clip(image: Clip | Image.Image) -> Clip:
     rgb = image.convert("RGB")
     data = torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8)
     return Clip(data.view(1, rgb.height, rgb.width, 3).movedim(-1, 1).contiguous())
-
-
-def as_image(clip: Clip) -> Image.Image:
-    """A clip's last frame as a picture."""
-    return Image.fromarray(clip.frames_T3HW[-1].movedim(0, -1).contiguous().cpu().numpy())
 
 
 def _counting(progress: Callable[[int], None]) -> Watch:

@@ -17,12 +17,13 @@ from PIL import Image
 
 from v4e import __version__, photos
 from v4e.data.disk import NO_ROOM, hash_of, lock, write_atomically
+from v4e.data.members import as_image
 from v4e.errors import ConfigError, DataError, V4EError
 from v4e.jobs import Job, Settings, parse
 from v4e.journal import open_bar
 from v4e.models.wan import WanBackbone
 from v4e.nouns import Clip
-from v4e.pipelines import EditPipeline, as_image
+from v4e.pipelines import EditPipeline
 
 QUARANTINE, LOCK = "quarantine.jsonl", ".lock"
 Offload = Literal["none", "model", "sequential"]

@@ -220,8 +220,13 @@ def to_png(clip: Clip) -> bytes:
     if len(clip) != 1:
         raise DataError(f"a picture is one frame, not {len(clip)}")
     buffer = io.BytesIO()
-    Image.fromarray(clip.frames_T3HW[0].permute(1, 2, 0).numpy()).save(buffer, "PNG", compress_level=1)
+    as_image(clip).save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
+
+
+def as_image(clip: Clip) -> Image.Image:
+    """A clip's last frame as a picture."""
+    return Image.fromarray(clip.frames_T3HW[-1].movedim(0, -1).contiguous().cpu().numpy())
 
 
 def from_png(content: bytes | memoryview) -> Clip:

@@ -10,9 +10,8 @@ from typing import Literal, NamedTuple
 
 from PIL import Image
 
-from v4e.data.members import to_png
+from v4e.data.members import as_image, to_png
 from v4e.nouns import Clip
-from v4e.pipelines import as_image
 
 STYLE = (Path(__file__).parent / "markup.css").read_text()
 

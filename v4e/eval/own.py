@@ -18,13 +18,14 @@ import torch
 
 from v4e import __version__, photos
 from v4e.data.disk import hash_of, lock, to_json, writable, write_atomically
+from v4e.data.members import as_image
 from v4e.errors import ConfigError, DataError, V4EError
 from v4e.eval.measures import Eyes, Scores, score
 from v4e.eval.run import Case, Edit
 from v4e.eval.triplets import Edits
 from v4e.journal import open_bar, progress
 from v4e.nouns import Clip, seed_of
-from v4e.pipelines import as_clip, as_image
+from v4e.pipelines import as_clip
 
 QUARANTINE, SCORES, LOCK = "quarantine.jsonl", "scores.jsonl", ".lock"
 COPY = "copy"
