@@ -47,7 +47,7 @@ setup(
         "8bit": ["bitsandbytes>=0.50.2,<0.51"],
         "parquet": ["pyarrow>=26,<27"],
         "s3": ["s3fs>=2025.3"],
-        "gs": ["gcsfs>=2025.3"],
+        "gs": ["gcsfs>=2026.3"],
         "http": ["aiohttp>=3.9"],
         "world": ["scikit-image>=0.26,<0.27", "scikit-learn>=1.8,<1.9"],
         "dev": [
@@ -57,6 +57,7 @@ setup(
             "pyright>=1.1.400",
             "import-linter>=2.5",
             "moto[s3]>=5.2,<6",
+            "gcp-storage-emulator>=2026.7.19",
             "flask>=3",
             "flask-cors>=5",
         ],

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from fsspec.implementations.memory import MemoryFileSystem
 from test_migrate import as_of_old
 from test_rollout import picture, settings
 from test_shards import write
@@ -25,7 +24,7 @@ from data_tools.migrate import migrate
 from data_tools.rollout import Worker, rollout
 from data_tools.rollout.spool import Spool
 from v4e import journal
-from v4e.data import disk, places
+from v4e.data import disk
 from v4e.data.places import exists, names, place, put, put_new, read_bytes, sizes
 from v4e.data.shards import Index, ShardSet
 from v4e.errors import ConfigError, DataError
@@ -131,34 +130,6 @@ def test_every_verb_reads_and_writes_a_store(url, local, capsys):
     page = read_bytes(place(url) / "cut/look.html").decode()
     assert page.startswith("<!doctype html>") and "make sky 4 red" in page
     assert not Path("s3:").exists()
-
-
-@pytest.mark.parametrize("scheme", ["gs", "hf"])
-def test_other_stores_by_a_stand_in(scheme, local, monkeypatch):
-    """What v4e itself does with gs:// and hf://, on a file system of fsspec's own; their servers are not tried."""
-    stand_in(scheme, monkeypatch)
-    ingest(local / "raw.jsonl", f"{scheme}://lab/edits", (32, 32))
-    evolve.add_evolutions(f"{scheme}://lab/edits")
-    rollout(read_triplets(f"{scheme}://lab/edits"), f"{scheme}://lab/set", settings())
-    assert tars(f"{scheme}://lab/set") == tars(local / "set")
-    assert cli.main(["verify", f"{scheme}://lab/set"]) == 0
-    with pytest.raises(DataError, match=r"guidance was 2\.0 and is now 4\.0"):
-        rollout(read_triplets(f"{scheme}://lab/edits"), f"{scheme}://lab/set", settings(guidance=4.0))
-    with pytest.raises(DataError, match="another writer has made this file"):
-        put_new(place(f"{scheme}://lab/set/000-000000.tar"), b"other bytes")
-
-
-def stand_in(scheme: str, monkeypatch) -> None:
-    """A store in memory under the name of a real one."""
-
-    class Kept(MemoryFileSystem):
-        protocol, store, pseudo_dirs = scheme, {}, [""]
-
-        @classmethod
-        def _strip_protocol(cls, path):
-            return super()._strip_protocol(str(path).removeprefix(f"{scheme}://"))
-
-    monkeypatch.setattr(places, "_connected", lambda protocol, pid: Kept(skip_instance_cache=True))
 
 
 @pytest.mark.parametrize("verb", ["evolve", "rollout", "verify", "stats", "filter", "reshard", "merge", "look"])
