@@ -10,9 +10,9 @@ Held out are photographs and combinations: the (colour, shape, task) triples of 
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +20,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from skimage.restoration import inpaint_biharmonic
 
 from data_tools.evolve import FAMILY as TASK_FAMILY
 from data_tools.evolve import caption
@@ -364,9 +365,13 @@ class Edit:
             return np.max([t.alpha for t in self.rest], axis=0) < 1
         return np.max([t.alpha for t in (self.subject, self.result) if t], axis=0) > 0
 
-    def outcome(self, *things: Thing, scene: str = "", style: str = "") -> Picture:
-        """The picture with these objects beside the untouched ones, on a named background or in a style."""
-        picture = background(scene, self.size) if scene else self._crop
+    def outcome(self, *things: Thing, scene: str = "", style: str = "", guessed: bool = False) -> Picture:
+        """The picture with these objects beside the untouched ones, on a named background or in a style.
+
+        Args:
+            guessed: behind the subject is what goes on smoothly from around it, and not what the photograph has there.
+        """
+        picture = background(scene, self.size) if scene else self._guess if guessed else self._crop
         for thing in (*self.rest, *things):
             picture = thing.over(picture)
         return _to_bytes(stylise(picture, style) if style else picture)
@@ -374,6 +379,16 @@ class Edit:
     @cached_property
     def _crop(self) -> Floats:
         return self.crop.render(self.size)
+
+    @cached_property
+    def _guess(self) -> Floats:
+        """The crop, with the biharmonic continuation of what surrounds the subject in its place."""
+        surrounded = self._crop
+        for thing in self.rest:
+            surrounded = thing.over(surrounded)
+        hidden = self.old.alpha > 0
+        smooth = inpaint_biharmonic(surrounded, hidden, channel_axis=0)
+        return np.where(hidden, _unit(smooth), self._crop)
 
     @cached_property
     def _ends(self) -> tuple[Floats, Floats]:
@@ -526,52 +541,58 @@ def judge(edit: Edit, output: Picture) -> Verdict:
     """Nearest candidate wins: of all outcomes that the language could have asked for, is it the one asked for?
 
     Distances are squared differences of lightly blurred colours over the places where any candidate differs from
-    the source. "unchanged" is always a candidate, so an edit that goes less than half-way fails.
+    the source. "unchanged" is always a candidate, so an edit that goes less than half-way fails. What lies behind an
+    object no source shows: with a subject, every candidate is drawn over the photograph and over a smooth guess of it.
     """
-    candidates = dict(_candidates(edit))
-    wanted = next(iter(candidates))
-    blurred = {name: _blur(np.asarray(p, np.float32)) for name, p in candidates.items()}
-    source = _blur(np.asarray(edit.source, np.float32))
-    region = np.max([np.abs(p - source).max(0) for p in blurred.values()], axis=0) > 4
-    out = _blur(np.asarray(output, np.float32))
-    seen = min(blurred, key=lambda name: float((((blurred[name] - out) ** 2) * region).sum()))
+    behind = (False, True) if edit.subject else (False,)
+    candidates = [(name, _blurred(picture)) for guessed in behind for name, picture in _candidates(edit, guessed)]
+    wanted = candidates[0][0]
+    source, out = _blurred(edit.source), _blurred(output)
+    region = np.max([np.abs(p - source).max(0) for _, p in candidates], axis=0) > 4
+    seen, _ = min(candidates, key=lambda c: float((((c[1] - out) ** 2) * region).sum()))
     return Verdict(seen == wanted, wanted, seen)
 
 
-def _candidates(edit: Edit) -> Iterator[tuple[str, Picture]]:
+def _blurred(picture: Picture) -> Floats:
+    return _blur(np.asarray(picture, np.float32))
+
+
+def _candidates(edit: Edit, guessed: bool) -> Iterator[tuple[str, Picture]]:
     """(name, picture) of every outcome; the one asked for comes first."""
-    yield "as asked", edit.target
-    yield "unchanged", edit.source
+    outcome = partial(edit.outcome, guessed=guessed)
     if edit.task in STYLES:
-        things = edit.rest
-        plain = replace(edit, rest=things)
-        yield from ((s, plain.outcome(style=s)) for s in STYLES if s != edit.task)
+        yield "as asked", edit.target
+        yield from ((s, outcome(style=s)) for s in STYLES if s != edit.task)
     elif edit.task == "background":
-        yield from ((b, edit.outcome(scene=b)) for b in BACKGROUNDS if b != edit.scene)
-    elif edit.task == "move":
-        assert edit.subject and edit.result
-        yield "vanished", edit.outcome()
-        yield "copied", edit.outcome(edit.subject, edit.result)
-        others = [p for p in PLACES if p not in (place_of(edit.result), place_of(edit.subject))]
-        yield from ((p, edit.outcome(edit.subject.at(p))) for p in others)
+        yield "as asked", edit.target
+        yield from ((b, outcome(scene=b)) for b in BACKGROUNDS if b != edit.scene)
     else:
-        yield from _object_candidates(edit)
+        yield "as asked", outcome(edit.result) if edit.result else outcome()
+        yield from _moves(edit, outcome) if edit.task == "move" else _objects(edit, outcome)
+    yield "unchanged", edit.source
 
 
-def _object_candidates(edit: Edit) -> Iterator[tuple[str, Picture]]:
+def _moves(edit: Edit, outcome: Callable[..., Picture]) -> Iterator[tuple[str, Picture]]:
+    """The object at other places, at both, or nowhere."""
+    yield "vanished", outcome()
+    yield "copied", outcome(edit.old, edit.new)
+    others = [p for p in PLACES if p not in (place_of(edit.new), place_of(edit.old))]
+    yield from ((p, outcome(edit.old.at(p))) for p in others)
+
+
+def _objects(edit: Edit, outcome: Callable[..., Picture]) -> Iterator[tuple[str, Picture]]:
     """Any colour and shape where the object is or should be, no object, and for `add` other places."""
-    thing = edit.result or edit.subject
-    assert thing
+    thing = edit.result or edit.old
     if edit.task in ("replace", "recolour"):
-        yield "vanished", edit.outcome()
+        yield "vanished", outcome()
     for colour in COLOURS:
         for shape in SHAPES:
             other = replace(thing, colour=colour, shape=shape)
             same_as_source = edit.subject is not None and other == edit.subject
             if (edit.task == "remove" or other != thing) and not same_as_source:
-                yield other.name, edit.outcome(other)
+                yield other.name, outcome(other)
     if edit.task == "add":
-        yield from ((p, edit.outcome(thing.at(p))) for p in PLACES if p != place_of(thing))
+        yield from ((p, outcome(thing.at(p))) for p in PLACES if p != place_of(thing))
 
 
 # ------------------------------------------------------------------------------------------------------- files

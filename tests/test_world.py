@@ -216,6 +216,20 @@ def test_the_oracle_names_what_it_sees_instead():
     assert world.judge(style, style.outcome(style="night")).seen == "night"
 
 
+def test_what_lies_behind_an_object_may_be_guessed():
+    """A removal that goes on smoothly from around the object is one; what is left of an object, or put there, is not."""
+    for edit in edits("heldout", 12, "remove"):
+        smooth = edit.outcome(guessed=True).astype(np.float32)
+        kept = ~edit.mask
+        assert (smooth[:, kept] == edit.target[:, kept]).all()
+        assert world.judge(edit, smooth.astype(np.uint8)).success, edit.key
+        ghost = smooth + 0.6 * (edit.source - smooth)
+        assert not world.judge(edit, ghost.astype(np.uint8)).success, edit.key
+        colour = next(c for c in world.COLOURS if c != edit.old.colour)
+        other = replace(edit.old, colour=colour)
+        assert world.judge(edit, edit.outcome(other, guessed=True)).seen == other.name, edit.key
+
+
 # -------------------------------------------------------------------------------------------------------- files
 
 
