@@ -217,7 +217,7 @@ def test_the_oracle_names_what_it_sees_instead():
 
 
 def test_what_lies_behind_an_object_may_be_guessed():
-    """A removal that goes on smoothly from around the object is one; what is left of an object, or put there, is not."""
+    """A smooth continuation of the surroundings is a removal; a trace of the object, or another object, is not."""
     for edit in edits("heldout", 12, "remove"):
         smooth = edit.outcome(guessed=True).astype(np.float32)
         kept = ~edit.mask
