@@ -102,12 +102,20 @@ def test_a_damaged_archive_is_named(tmp_path):
         Archive(tmp_path.glob("*"))
 
 
+KINDS = {
+    "adamw": (),
+    "muon": ("optim.name=muon", "loop.clip=0.0"),
+    "adapters": ("loop.lora.rank=2", "loop.lora.layers=['blocks.*.up']", "loop.lora.scale=0.5", "optim.lr=0.05"),
+}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("words", [(), ("optim.name=muon", "loop.clip=0.0")], ids=["adamw", "muon"])
-def test_two_ranks_then_one_then_four(tmp_path, stage, words):
+@pytest.mark.parametrize("kind", ["adamw", "muon", "adapters"])
+def test_two_ranks_then_one_then_four(tmp_path, stage, kind):
     """The same keys in the same order, and the same losses but for the order in which floats are added."""
-    tolerance = TOLERANCE["muon" if words else "adamw"]
+    tolerance = TOLERANCE["muon" if kind == "muon" else "adamw"]
+    words = KINDS[kind]
     words = (f"zero_stage={stage}", "loop.precision=fp32", "loop.steps=6", *words)
     assert run(tmp_path / "whole", 2, *words) == [0, 0]
     for ranks, fate in ((2, "2:1:SIGTERM"), (1, "4:0:SIGUSR1")):
