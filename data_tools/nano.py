@@ -5,7 +5,7 @@ Stages, each a folder under the work directory with a checkpoint it resumes from
     vae      AutoencoderKLWan on images, then clips              text     tokenizer and UMT5 encoder
     vision   CLIP vision encoder                                 pack     clips -> shards, as the trainer reads them
     teacher  FLF2V on 9-frame clips (recipes/flow_matching.py)   i2v      I2V on 5-frame clips, from the teacher
-    teacher-2          goes on with the same clips               i2v-2 to i2v-4     go on, each on new clips
+    teacher-2          goes on with the same clips               i2v-2 to i2v-5     go on, each on new clips
     bundle             bf16 folders, to v4e/assets
 
 `--card runs/long/report.json` then writes the model cards with the figures that `make student` measured;
@@ -530,15 +530,17 @@ class Clips:
     tasks: tuple[str, ...] = world.SCHEDULE
 
 
-# Styles and backgrounds are learnt first; the shape of what is added or put in place comes last.
+# Styles and backgrounds are learnt first, then the shape of what is added or put in place, last what was behind it.
 HARD = ("add", "replace", "move", "recolour", "add", "replace", "remove", "move", "add", "replace", "background")
 SHAPED = ("add", "replace", "add", "replace", "remove", "replace", "add", "move", "replace", "recolour", "remove")
+BARED = ("remove", "replace", "remove", "add", "remove", "replace", "move", "remove", "recolour", "replace", "add")
 CLIPS = {
     "teacher": Clips("teacher", 2000, 6_000_000),
     "i2v": Clips("i2v", 6400, 7_000_000),
     "i2v-2": Clips("i2v", 6400, 7_100_000, (*HARD, *HARD, *world.STYLES)),
     "i2v-3": Clips("i2v", 6400, 7_200_000, (*SHAPED, *SHAPED, "background", *world.STYLES)),
     "i2v-4": Clips("i2v", 6400, 7_300_000, (*SHAPED, *SHAPED, "background", *world.STYLES)),
+    "i2v-5": Clips("i2v", 6400, 7_400_000, (*BARED, *BARED, "background", *world.STYLES)),
 }
 
 
@@ -562,8 +564,9 @@ LEGS = {
     "i2v-2": Leg("continue_i2v", "i2v-2", "models/i2v"),
     "i2v-3": Leg("continue_i2v", "i2v-3", "models/i2v-2"),
     "i2v-4": Leg("continue_i2v", "i2v-4", "models/i2v-3"),
+    "i2v-5": Leg("continue_i2v", "i2v-5", "models/i2v-4"),
 }
-SHIPPED = {"teacher": "teacher-2", "i2v": "i2v-4"}
+SHIPPED = {"teacher": "teacher-2", "i2v": "i2v-5"}
 
 
 def assemble(work: Path, name: str, out: Path) -> Path:

@@ -15,6 +15,8 @@ from PIL import Image
 
 from data_tools import cli, ingest
 from data_tools.ingest import sources, work
+from v4e import journal
+from v4e.config import Wandb
 from v4e.errors import ConfigError, DataError, ShapeError
 from v4e.nouns import Clip
 
@@ -61,7 +63,9 @@ def pixels(clip: Clip) -> np.ndarray:
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    """Every file but the journal, which tells the time."""
+    files = {str(p.relative_to(folder)): p for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {name: path.read_bytes() for name, path in files.items() if not name.startswith("journal/")}
 
 
 def test_good_lines(raw):
@@ -179,6 +183,17 @@ def test_exact_fit_takes_no_other_size(raw):
     raw.add("x", source="double.png", edited="double.png")
     raw.add("y")
     assert raw.take(fit="exact").rejected == {"wrong size": 1}
+
+
+def test_the_journal_and_the_curves_tell_speed_and_rejects(raw):
+    for key, edited in (("x", "b"), ("x", "c"), ("y", "torn"), ("z", "d")):
+        raw.add(key, edited=f"{edited}.png")
+    raw.take(wandb=Wandb("offline"))
+    *_, last = journal.read(raw.out / "journal")
+    wanted = {"step": 4, "taken": 2, "taken_before": 0, "rejects": 2}
+    assert {k: last[k] for k in wanted} == wanted and last["rows_per_second"] > 0
+    assert (last["rejects/duplicate id"], last["rejects/missing file"]) == (1, 1)
+    assert list((raw.out / "journal/wandb").glob("offline-run-*/*.wandb"))
 
 
 def test_too_many_rejects_are_an_error_after_everything_is_written(raw):

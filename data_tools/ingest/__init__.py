@@ -18,6 +18,7 @@ from data_tools.ingest.triplets import (
     write_triplets,
 )
 from data_tools.ingest.work import Report, ingest
+from v4e.config import Wandb
 from v4e.errors import ConfigError
 from v4e.journal import progress
 
@@ -58,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-pixels", type=int, default=MAX_PIXELS, help="of a picture; more is a decompression bomb")
     add("--max-reject-fraction", type=float, default=0.0, help="more rejects than this are an error")
     add("--workers", type=int, default=2, help="threads that read and decode")
+    add("--wandb", choices=("online", "offline", "disabled"), default="disabled", help="curves of speed and rejects")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -74,6 +76,7 @@ def run(args: argparse.Namespace) -> int:
         max_pixels=args.max_pixels,
         max_reject_fraction=args.max_reject_fraction,
         workers=args.workers,
+        wandb=Wandb(args.wandb),
         watch=lambda rows: progress(rows, "ingest", total=count(args.source)),
     )
     print(report)

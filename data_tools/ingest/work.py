@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 from xxhash import xxh3_128_hexdigest
@@ -24,16 +24,20 @@ from data_tools.ingest.pictures import (
 )
 from data_tools.ingest.sources import Blob, Row, reach, rows
 from data_tools.ingest.triplets import LIST, Triplet, in_order, iterate, replacing
+from v4e.config import Wandb
 from v4e.data.disk import TEMPORARY, agree, hash_of, lock, scratch, writable, write_atomically
 from v4e.data.places import Place, exists, is_remote, make_folder, place, remove, shown
 from v4e.errors import ConfigError, DataError
+from v4e.journal import Journal
 from v4e.nouns import Grid
 
 Fit = Literal["crop", "exact"]
 Repeats = Literal["reject", "flag", "keep"]
 ASPECT_TOLERANCE = 0.02  # editors round sizes to multiples of 8 or 16; more than this and the pictures do not align
+SILENT = Wandb(mode="disabled")
 LEDGER, REJECTS = ".ingest.sqlite", "rejects.jsonl"
 SAVE_EVERY = 1.0  # seconds of work that a kill may cost
+TELL_EVERY = 10.0  # seconds between two lines of the journal
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,7 @@ def ingest(
     max_pixels: int = MAX_PIXELS,
     max_reject_fraction: float = 0.0,
     workers: int = 2,
+    wandb: Wandb = SILENT,
     watch: Callable[[Iterable[Row]], Iterable[Row]] = iter,
 ) -> Report:
     """Check every triplet of a source and keep the good ones with their pictures; see the package's head.
@@ -115,6 +120,7 @@ def ingest(
         root: folder out of which no name in a list may lead; the list's own by default.
         max_reject_fraction: more rejected rows than this share are an error (after everything is written).
         workers: threads that read and decode; they change nothing but the time.
+        wandb: where rows a second and rejects by reason go, beside ``journal/`` in the folder.
         watch: wraps the rows, for a progress bar.
 
     Raises:
@@ -132,7 +138,9 @@ def ingest(
         with lock(scratch(folder) / ".ingest.lock"):
             agree(folder / "ingest.json", {"sizes": [list(s) for s in rules.sizes], "fit": fit})
             _sweep(folder)
-            report = _Work(folder, rules, layout, workers).run(watch(found))
+            journal = Journal(scratch(folder) / "journal", wandb, {"source": str(source), "rules": asdict(rules)})
+            with closing(journal):
+                report = _Work(folder, rules, layout, workers, journal).run(watch(found))
     if report.fraction > max_reject_fraction:
         raise DataError(
             str(report),
@@ -185,8 +193,8 @@ class _Picture:
 class _Work:
     """One run over one folder."""
 
-    def __init__(self, out: Place, rules: Rules, layout: Layout, workers: int) -> None:
-        self.out, self.rules, self.layout, self.workers = out, rules, layout, workers
+    def __init__(self, out: Place, rules: Rules, layout: Layout, workers: int, journal: Journal) -> None:
+        self.out, self.rules, self.layout, self.workers, self.journal = out, rules, layout, workers, journal
         self.ledger = Ledger(scratch(out) / LEDGER, out)
         self.accepted = self.reused = self.repeats = 0
         self._folders: set[Place] = set()
@@ -200,16 +208,29 @@ class _Work:
         return report
 
     def _decide_all(self, found: Iterable[Row]) -> None:
-        saved = time.monotonic()
+        number, began = 0, time.monotonic()
+        saved = told = began
         try:
             with ThreadPoolExecutor(self.workers) as pool:
                 for job, done in in_order(pool, self._check, self._jobs(found), 4 * self.workers):
+                    number = job.number
                     self._decide(job, done)
                     if time.monotonic() - saved > SAVE_EVERY:
                         self.ledger.save()
                         saved = time.monotonic()
+                    if time.monotonic() - told > TELL_EVERY:
+                        self._tell(number, began)
+                        told = time.monotonic()
         finally:
             self.ledger.save()
+        self._tell(number, began)
+
+    def _tell(self, rows: int, began: float) -> None:
+        """How far, how fast, and what was rejected why."""
+        reasons = self.ledger.reasons()
+        counts = {"taken": self.accepted, "taken_before": self.reused, "rejects": sum(reasons.values())}
+        speed = {"rows_per_second": rows / max(1e-9, time.monotonic() - began)}
+        self.journal.log(rows, {**counts, **speed, **{f"rejects/{k}": n for k, n in reasons.items()}})
 
     def _jobs(self, found: Iterable[Row]) -> Iterator[_Job]:
         """Rows as drafts, numbered, each id once."""
