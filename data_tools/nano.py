@@ -48,7 +48,8 @@ from v4e.pipelines import CARD, Card, few_step_scheduler
 SIZE = 64
 BUNDLE = Path("v4e/assets/wan-nano")
 IMAGE_STEPS, CLIP_STEPS, WHOLE_STEPS = 700, 900, 120
-DETAIL_STEPS, SHARP_STEPS = 500, 300
+DETAIL_STEPS, SHARP_STEPS, SKETCH_STEPS = 500, 300, 900
+SKETCHES, LATENT_NOISE = 0.2, 0.1
 
 
 # ------------------------------------------------------------------------------------------------ optimiser
@@ -218,6 +219,18 @@ def vae_batch(step: int, seed: int) -> Tensor:
     return to_float(clips if whole else [_quarter(c, rng) for c in clips])
 
 
+def sketchy_batch(step: int, seed: int) -> Tensor:
+    """Quarter crops of clips, a fifth of them sketches at least: the task of most detail is a twentieth elsewhere."""
+    rng = np.random.default_rng([seed, 9, step])
+    T, B = ((5, 8), (9, 5))[step % 2]
+    clips = []
+    for index in range(1_500_000 + step * 16, 1_500_000 + step * 16 + B):
+        task = "sketch" if rng.random() < SKETCHES else None
+        edit = world.draw(seed, index, "train", size=SIZE, task=task)
+        clips.append(_quarter(vae_clip(rng.random(), edit, T), rng))
+    return to_float(clips)
+
+
 def _quarter(clip: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     y, x = rng.integers(0, SIZE // 2 + 1, 2)
     return clip[..., y : y + SIZE // 2, x : x + SIZE // 2]
@@ -254,19 +267,32 @@ def vae_loss(vae: Any, x: Tensor, noise_seed: int) -> Tensor:
     return picture_loss(y.float(), x, detail=0.01) + 1e-5 * kl
 
 
-def decoder_loss(vae: Any, x: Tensor, sharp: float) -> Tensor:
-    """The decoder alone, from noiseless latents, with more weight on detail: squared error by itself blurs.
+def decoder_loss(vae: Any, x: Tensor, sharp: float, noise: Callable[[Tensor], Tensor] = lambda mean: mean) -> Tensor:
+    """The decoder alone, with more weight on detail: squared error by itself blurs.
 
     Args:
         sharp: weight of each frame's sharpness, by the ratio that the evaluation measures. Without it the frames of
             most detail, sketches, keep a fifth of it; with much of it squared error suffers.
+        noise: what is done to the latents first.
     """
     with torch.autocast("cpu", dtype=torch.bfloat16):
         with torch.no_grad():
-            mean = vae._encode(x).chunk(2, dim=1)[0]
+            mean = noise(vae._encode(x).chunk(2, dim=1)[0].float())
         y = raw_decode(vae, mean)
     y = y.float()
     return picture_loss(y, x, detail=0.3) + sharp * (log_sharpness(y) - log_sharpness(x)).abs().mean()
+
+
+def sketchy_loss(vae: Any, std_C: Sequence[float], seed: int, step: int) -> Tensor:
+    """Many sketches, from latents that are a little off, as those of a student are."""
+    generator = torch.Generator().manual_seed(seed + step)
+
+    def noise(mean_BCthw: Tensor) -> Tensor:
+        scale_B1111 = LATENT_NOISE * torch.rand(len(mean_BCthw), 1, 1, 1, 1, generator=generator)
+        std = torch.tensor(std_C).view(1, -1, 1, 1, 1)
+        return mean_BCthw + scale_B1111 * std * torch.randn(mean_BCthw.shape, generator=generator)
+
+    return decoder_loss(vae, sketchy_batch(step, seed), 0.03, noise)
 
 
 def picture_loss(y: Tensor, x: Tensor, detail: float) -> Tensor:
@@ -281,17 +307,18 @@ def train_vae(work: Path, seed: int) -> None:
     stage = Stage(work / "vae", vae, muon_and_adam(vae, 0.02, 3e-3), IMAGE_STEPS + CLIP_STEPS + WHOLE_STEPS)
     stage.run(lambda step: vae_loss(vae, vae_batch(step, seed), seed_of(seed, "noise", step)), "vae")
     mean, std = latent_statistics(vae, seed)
-    train_decoder(work / "vae-decoder", vae, seed, DETAIL_STEPS, 0, sharp=0.0)
-    train_decoder(work / "vae-sharp", vae, seed, SHARP_STEPS, DETAIL_STEPS, sharp=0.03)
+    first, second = IMAGE_STEPS, IMAGE_STEPS + DETAIL_STEPS
+    train_decoder(work / "vae-decoder", vae, DETAIL_STEPS, lambda i: decoder_loss(vae, vae_batch(first + i, seed), 0.0))
+    train_decoder(work / "vae-sharp", vae, SHARP_STEPS, lambda i: decoder_loss(vae, vae_batch(second + i, seed), 0.03))
+    train_decoder(work / "vae-sketch", vae, SKETCH_STEPS, lambda i: sketchy_loss(vae, std, seed, i))
     vae.register_to_config(latents_mean=mean, latents_std=std)
     vae.save_pretrained(work / "vae" / "folder")
 
 
-def train_decoder(folder: Path, vae: Any, seed: int, steps: int, start: int, sharp: float) -> None:
-    """Go on with the decoder on clips from ``start`` on; the encoder, and so every latent, stays."""
+def train_decoder(folder: Path, vae: Any, steps: int, loss_of: Callable[[int], Tensor]) -> None:
+    """Go on with the decoder; the encoder, and so every latent, stays."""
     decoder = nn.ModuleList([vae.decoder, vae.post_quant_conv])
-    stage = Stage(folder, decoder, muon_and_adam(decoder, 0.01, 1e-3), steps)
-    stage.run(lambda step: decoder_loss(vae, vae_batch(IMAGE_STEPS + start + step, seed), sharp), folder.name)
+    Stage(folder, decoder, muon_and_adam(decoder, 0.01, 1e-3), steps).run(loss_of, folder.name)
 
 
 @torch.no_grad()

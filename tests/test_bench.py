@@ -20,11 +20,11 @@ def test_a_bar_is_held_at_its_edge_and_not_below():
     assert bench.Figure("").holds(-1e9)
 
 
-def test_the_table_says_which_bar_does_not_hold_and_forgets_no_figure():
+def test_the_table_says_which_bar_does_not_hold_and_only_what_has_a_meaning():
     lines = bench.table({"aside": 3.0, "rollout_speedup": [3.9, 3.5, 4.5], "read_ratio": 0.93}).splitlines()
     assert lines[2].startswith("| `rollout_speedup` | 3.9 **not held** | 3.5 .. 4.5 | at least 4 |")
     assert lines[3].startswith("| `read_ratio` | 0.93 |  | at least 0.8 |")
-    assert lines[4] == "| `aside` | 3 |  |  |  |"
+    assert len(lines) == 4
     assert bench._failed({"read_ratio": 0.93, "aside": 3.0}) == 0
     assert bench._failed({"read_ratio": [0.9, 0.79, 0.7]}) == 1
 

@@ -173,11 +173,10 @@ def _failed(found: Found) -> int:
 
 
 def table(found: Found) -> str:
-    """The figures as Markdown, those with a bar and a meaning first."""
-    known = [name for name in FIGURES if name in found]
+    """The figures that have a meaning, as Markdown; what they are made of is in the report alone."""
     lines = ["| figure | value | from .. to | bar | what it is |", "|---|---|---|---|---|"]
-    for name in [*known, *(name for name in found if name not in FIGURES)]:
-        figure, laps = FIGURES.get(name, Figure("")), found[name]
+    for name, figure in ((n, f) for n, f in FIGURES.items() if n in found):
+        laps = found[name]
         mark = "" if figure.holds(value_of(laps)) else " **not held**"
         spread = f"{min(laps):.4g} .. {max(laps):.4g}" if isinstance(laps, list) else ""
         lines.append(f"| `{name}` | {value_of(laps):.4g}{mark} | {spread} | {figure.bar} | {figure.about} |")
