@@ -75,7 +75,7 @@ class DemoConfig:
     validation: int = 11
     size: int = 64
     steps: int = 0
-    compute_ratio: float = 2.5
+    compute_ratio: float = 2.25
     ranks: int = 2
     seed: int = 0
     seeds: int = 3
