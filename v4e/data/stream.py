@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from threading import Lock
 
@@ -17,6 +18,8 @@ from v4e.data.shards import ShardSet
 from v4e.data.soundness import check_shapes
 from v4e.errors import ConfigError, DataError
 from v4e.nouns import Sample
+
+AHEAD_BYTES = 1 << 28  # that a rank's samples of one step may have for two to be read ahead
 
 
 @dataclass(frozen=True)
@@ -80,18 +83,21 @@ class Stream:
         self._pictures, self._cache = pictures, _Cache(cache)
         self._workers = workers
         self._readers = ThreadPoolExecutor(workers, thread_name_prefix="v4e-stream")
-        self._ahead: tuple[int, list[Future[_Read]]] | None = None
+        self._ahead: dict[int, list[Future[_Read]]] = {}
+        self._announced = -1
         self._downloads = self._look_ahead()
 
     def step(self, step: int) -> list[Slice]:
-        """This rank's slices of a step, in the order they are accumulated; the next step is read meanwhile.
+        """This rank's slices of a step, in the order they are accumulated; the next ones are read meanwhile.
 
         Raises:
             DataError: not one sample of the set can be read.
         """
-        read = {p: found for part in self._take(step) for p, found in part.result().items()}
+        read = {p: found for part in self._taken(step) for p, found in part.result().items()}
         self._note_damage(read)
-        self._ahead = step + 1, self._begin(step + 1)
+        for later in range(step + 1, step + 1 + self._depth):
+            if later not in self._ahead:
+                self._ahead[later] = self._begin(later)
         return [_slice(positions, [read[p] for p in positions]) for positions in self._positions(step)]
 
     def keys_of(self, step: int) -> list[str]:
@@ -102,22 +108,47 @@ class Stream:
         """Stop reading ahead."""
         self._readers.shutdown(wait=True, cancel_futures=True)
 
-    def _take(self, step: int) -> "list[Future[_Read]]":
-        return self._ahead[1] if self._ahead and self._ahead[0] == step else self._begin(step)
+    def _taken(self, step: int) -> "list[Future[_Read]]":
+        """What reads a step; what was begun for others than the next ones is forgotten."""
+        reads = self._ahead.pop(step, None) or self._begin(step)
+        self._ahead = {s: f for s, f in self._ahead.items() if step < s <= step + self._depth}
+        return reads
+
+    @cached_property
+    def _depth(self) -> int:
+        """Steps to read ahead: with a second one no reader waits for the slowest of the first, if there is room."""
+        largest = max(sum(shard.bytes for shard in s.shards) / max(1, len(s)) for s in self.mixture.sets)
+        small = self.batch // self.world * largest <= AHEAD_BYTES
+        return 2 if small and not self._downloads else 1
 
     def _begin(self, step: int) -> "list[Future[_Read]]":
-        """Ask for this rank's samples of a step, a share of them from each reader, and for shards of those after it."""
+        """Ask for this rank's samples of a step, a share of them from each reader, and for shards of those after it.
+
+        A disk fetches the step after it meanwhile: to ask it for a sample and to wait for that sample idles readers.
+        """
         if self._downloads:
             self._downloads.move(step)
-        every = [p for positions in self._positions(step) for p in positions]
-        shares = (every[n :: self._workers] for n in range(min(self._workers, len(every))))
-        return [self._readers.submit(self._read_all, share) for share in shares]
+        shares = self._shares(step)
+        if self._announced < step:
+            self._announce(step)
+        reads = [self._readers.submit(self._read_all, share) for share in shares]
+        self._readers.submit(self._announce, step + 1)
+        return reads
 
-    def _read_all(self, positions: Sequence[int]) -> "_Read":
-        """One reader's share of a step; where a disk has to fetch it, it fetches all of it at once."""
-        for spot in map(self.order.__getitem__, positions):
+    def _shares(self, step: int) -> list[Sequence[int]]:
+        """This rank's positions of a step, dealt out to the readers."""
+        every = [p for positions in self._positions(step) for p in positions]
+        return [every[n :: self._workers] for n in range(min(self._workers, len(every)))]
+
+    def _announce(self, step: int) -> None:
+        """Let the disk fetch this rank's samples of a step."""
+        self._announced = step
+        spots = (self.order[p] for share in self._shares(step) for p in share)
+        for spot in (s for s in spots if not self._cache.get(s)):
             with suppress(DataError):  # the reading says it
                 self.mixture.sets[spot.set].announce(spot.index, self._pictures)
+
+    def _read_all(self, positions: Sequence[int]) -> "_Read":
         return {p: self._at(p) for p in positions}
 
     def _positions(self, step: int) -> list[range]:
