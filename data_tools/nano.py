@@ -6,7 +6,7 @@ Stages, each a folder under the work directory with a checkpoint it resumes from
     vision   CLIP vision encoder                                 pack     clips -> shards, as the trainer reads them
     teacher  FLF2V on 9-frame clips (recipes/flow_matching.py)   i2v      I2V on 5-frame clips, from the teacher
     teacher-2          goes on with the same clips               i2v-2 to i2v-5     go on, each on new clips
-    bundle             bf16 folders, to v4e/assets
+    decoder            the VAE's decoder, on latents as a few steps leave them    bundle   bf16 folders, to v4e/assets
 
 `--card runs/long/report.json` then writes the model cards with the figures that `make student` measured;
 `--student runs/long` ships the student of a longer demo (`make student`) beside them, with its card.
@@ -37,18 +37,22 @@ from torch import Tensor, nn
 from data_tools import world
 from data_tools.demo import launcher
 from data_tools.rollout import TOOL, Evolving, pack_clips
+from v4e import flow
+from v4e.data.collate import stack, student_conditions
+from v4e.data.shards import ShardSet
 from v4e.errors import DataError
 from v4e.eval.metrics import LUMA, ROUNDING_ENERGY
 from v4e.export import export_run
 from v4e.journal import progress
 from v4e.models.codec import WanCodec
 from v4e.nouns import Clip, Origin, seed_of
-from v4e.pipelines import CARD, Card, few_step_scheduler
+from v4e.pipelines import CARD, Card, EditPipeline, few_step_scheduler
 
 SIZE = 64
 BUNDLE = Path("v4e/assets/wan-nano")
 IMAGE_STEPS, CLIP_STEPS, WHOLE_STEPS = 700, 900, 120
 DETAIL_STEPS, SHARP_STEPS, SKETCH_STEPS = 500, 300, 900
+ESTIMATE_STEPS, LAST_SKETCHES = 1000, 20_000
 SKETCHES, LATENT_NOISE = 0.2, 0.1
 
 
@@ -279,7 +283,10 @@ def decoder_loss(vae: Any, x: Tensor, sharp: float, noise: Callable[[Tensor], Te
         with torch.no_grad():
             mean = noise(vae._encode(x).chunk(2, dim=1)[0].float())
         y = raw_decode(vae, mean)
-    y = y.float()
+    return detail_loss(y.float(), x, sharp)
+
+
+def detail_loss(y: Tensor, x: Tensor, sharp: float) -> Tensor:
     return picture_loss(y, x, detail=0.3) + sharp * (log_sharpness(y) - log_sharpness(x)).abs().mean()
 
 
@@ -315,10 +322,10 @@ def train_vae(work: Path, seed: int) -> None:
     vae.save_pretrained(work / "vae" / "folder")
 
 
-def train_decoder(folder: Path, vae: Any, steps: int, loss_of: Callable[[int], Tensor]) -> None:
+def train_decoder(folder: Path, vae: Any, steps: int, loss_of: Callable[[int], Tensor], lr: float = 1.0) -> None:
     """Go on with the decoder; the encoder, and so every latent, stays."""
     decoder = nn.ModuleList([vae.decoder, vae.post_quant_conv])
-    Stage(folder, decoder, muon_and_adam(decoder, 0.01, 1e-3), steps).run(loss_of, folder.name)
+    Stage(folder, decoder, muon_and_adam(decoder, 0.01 * lr, 1e-3 * lr), steps).run(loss_of, folder.name)
 
 
 @torch.no_grad()
@@ -677,6 +684,63 @@ def sampled_as(arch: Path, model: Path) -> None:
     shutil.copy(arch / CARD, model / CARD)
 
 
+@dataclass(frozen=True)
+class Estimates:
+    """Clips, and what a model takes their latents for where they are mixed with noise.
+
+    They are as smooth as those that an editor reaches in a few steps, and the decoder has met none such.
+
+    Args:
+        codec: gives the latents' mean and deviation.
+    """
+
+    model: Any
+    codec: Any
+    data: ShardSet
+    clips: Clips
+    seed: int
+
+    def at(self, step: int, count: int = 3) -> tuple[Tensor, Tensor]:
+        """Frames [B, 3, T, H, W] and latents [B, C, t, h, w], which are of the VAE's own scale."""
+        chosen = np.random.default_rng([self.seed, 11, step]).integers(0, len(self.data), count)
+        samples = [self.data.sample(int(i)) for i in chosen]
+        latents = stack([s.encoded.clip_Cthw for s in samples if s.encoded])
+        conditions = student_conditions([s.encoded for s in samples if s.encoded], "evolution")
+        generator = torch.Generator().manual_seed(self.seed + step)
+        sigma_B = 0.15 + 0.55 * torch.rand(count, generator=generator)
+        x = flow.mix(latents, torch.randn(latents.shape, generator=generator), sigma_B)
+        with torch.no_grad():
+            v = self.model(x, sigma_B, conditions)[0].float()
+        frames = to_float([self._edit(s.key).clip(FRAMES[self.clips.model]) for s in samples])
+        std, mean = (torch.tensor(c).view(1, -1, 1, 1, 1) for c in (self.codec.latents_std, self.codec.latents_mean))
+        return frames, flow.to_x0(x, v, sigma_B) * std + mean
+
+    def _edit(self, key: str) -> world.Edit:
+        index = int(key.rpartition("-")[2])
+        return world.draw(self.seed, index, "train", size=SIZE, task=self.clips.tasks[index % len(self.clips.tasks)])
+
+
+def train_on_estimates(work: Path, seed: int) -> None:
+    """The decoder of both models goes on, in turns on true latents and on what the finished I2V takes them for."""
+    folders = [work / "models" / leg for leg in SHIPPED.values()]
+    vae: Any = AutoencoderKLWan.from_pretrained(folders[0] / "vae", torch_dtype=torch.float32)
+    i2v, last = work / "models" / SHIPPED["i2v"], LEGS[SHIPPED["i2v"]].clips
+    model = EditPipeline.from_pretrained(i2v, dtype=torch.bfloat16, attention="matmul").backbone
+    estimates = Estimates(model, vae.config, ShardSet.open(work / f"shards-{last}"), CLIPS[last], seed)
+
+    def loss_of(step: int) -> Tensor:
+        if step % 2 == 0:
+            return sketchy_loss(vae, vae.config.latents_std, seed, LAST_SKETCHES + step)
+        frames, latents = estimates.at(step)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = raw_decode(vae, latents)
+        return detail_loss(y.float(), frames, sharp=0.03)
+
+    train_decoder(work / "decoder", vae, ESTIMATE_STEPS, loss_of, lr=0.5)
+    for folder in folders:
+        vae.save_pretrained(folder / "vae")
+
+
 def pack_in_parallel(work: Path, seed: int, name: str, processes: int) -> None:
     """Pack with one single-threaded process a core."""
     command = [sys.executable, "-m", "data_tools.nano", "pack", "--work", str(work), "--seed", str(seed)]
@@ -747,7 +811,7 @@ def _card_line(method: str, steps: str, figures: dict[str, float | None]) -> str
     return f"| {method} | {steps if steps != '0' else ''} | {' | '.join(told)} |"
 
 
-STAGES = ("vae", "text", "vision", "arch", "pack", *LEGS, "bundle")
+STAGES = ("vae", "text", "vision", "arch", "pack", *LEGS, "decoder", "bundle")
 
 
 def run_stage(stage: str, work: Path, seed: int, ranks: int) -> None:
@@ -769,6 +833,8 @@ def run_stage(stage: str, work: Path, seed: int, ranks: int) -> None:
         case "pack":
             for name in CLIPS:
                 pack_in_parallel(work, seed, name, ranks)
+        case "decoder":
+            train_on_estimates(work, seed)
         case "bundle":
             bundle(work, BUNDLE)
         case leg:
