@@ -20,6 +20,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from scipy.ndimage import binary_dilation
 from skimage.restoration import inpaint_biharmonic
 
 from data_tools.evolve import FAMILY as TASK_FAMILY
@@ -541,15 +542,24 @@ def judge(edit: Edit, output: Picture) -> Verdict:
     """Nearest candidate wins: of all outcomes that the language could have asked for, is it the one asked for?
 
     Distances are squared differences of lightly blurred colours over the places where any candidate differs from
-    the source. "unchanged" is always a candidate, so an edit that goes less than half-way fails. What lies behind an
-    object no source shows: with a subject, every candidate is drawn over the photograph and over a smooth guess of it.
+    the source. "unchanged" is always a candidate, so an edit that goes less than half-way fails. Objects are seen
+    against what is around them: with their surroundings in view, distances are less the mean difference, a tint. And
+    what lies behind an object no source shows, so with a subject every candidate is drawn over the photograph and
+    over a smooth guess of it.
     """
     behind = (False, True) if edit.subject else (False,)
     candidates = [(name, _blurred(picture)) for guessed in behind for name, picture in _candidates(edit, guessed)]
     wanted = candidates[0][0]
     source, out = _blurred(edit.source), _blurred(output)
-    region = np.max([np.abs(p - source).max(0) for _, p in candidates], axis=0) > 4
-    seen, _ = min(candidates, key=lambda c: float((((c[1] - out) ** 2) * region).sum()))
+    view = np.max([np.abs(p - source).max(0) for _, p in candidates], axis=0) > 4
+    if of_objects := bool(edit.subject or edit.result):
+        view = binary_dilation(view, iterations=edit.size // 16)
+
+    def distance(picture: Floats) -> float:
+        apart = (picture - out)[:, view]
+        return float(apart.var(1).sum() if of_objects else (apart**2).sum())
+
+    seen, _ = min(candidates, key=lambda candidate: distance(candidate[1]))
     return Verdict(seen == wanted, wanted, seen)
 
 

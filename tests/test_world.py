@@ -230,6 +230,24 @@ def test_what_lies_behind_an_object_may_be_guessed():
         assert world.judge(edit, edit.outcome(other, guessed=True)).seen == other.name, edit.key
 
 
+@pytest.mark.parametrize("task", ["add", "remove", "replace", "recolour", "move"])
+def test_every_other_outcome_is_named_through_noise_and_a_tint(task):
+    rng = np.random.default_rng(0)
+    for edit in edits("heldout", 2, task):
+        behind = (False, True) if edit.subject else (False,)
+        outcomes = [outcome for guessed in behind for outcome in world._candidates(edit, guessed)]
+        for name, picture in [outcomes[0], *outcomes[1::5]]:
+            spoilt = picture + rng.normal(0, 10, picture.shape) + rng.normal(0, 8, (3, 1, 1))
+            assert world.judge(edit, np.clip(spoilt, 0, 255).astype(np.uint8)).seen == name, edit.key
+
+
+def test_a_dark_place_is_not_a_dark_object():
+    """A tint of the picture, or darkness where an object was, has no outline."""
+    for edit in edits("heldout", 6, "remove"):
+        dark = np.clip(edit.outcome(guessed=True).astype(np.float32) - 20, 0, 255).astype(np.uint8)
+        assert world.judge(edit, dark).success, edit.key
+
+
 # -------------------------------------------------------------------------------------------------------- files
 
 
