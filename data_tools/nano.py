@@ -707,7 +707,7 @@ class Estimates:
         latents = stack([s.encoded.clip_Cthw for s in samples if s.encoded])
         conditions = student_conditions([s.encoded for s in samples if s.encoded], "evolution")
         generator = torch.Generator().manual_seed(self.seed + step)
-        sigma_B = 0.15 + 0.55 * torch.rand(count, generator=generator)
+        sigma_B = 0.4 + 0.5 * torch.rand(count, generator=generator)
         x = flow.mix(latents, torch.randn(latents.shape, generator=generator), sigma_B)
         with torch.no_grad():
             v = self.model(x, sigma_B, conditions)[0].float()

@@ -27,15 +27,16 @@ from v4e.data.collate import collate
 from v4e.data.disk import hash_of, to_json
 from v4e.data.index import Index
 from v4e.data.members import TENSORS, pack
+from v4e.data.mixture import Mixture
 from v4e.data.shards import FORMAT, SetMeta, ShardInfo, ShardSet, ShardWriter, index_path
-from v4e.data.stream import Stream
+from v4e.data.stream import Stream, readers_of
 from v4e.nouns import Encoded, Grid, Rollout, Sample
 
 STUDENT, TEACHER = Grid(5, 64, 64, (4, 4, 4)), Grid(9, 64, 64, (4, 4, 4))
 META = SetMeta("rollout", STUDENT, TEACHER)
 C, K, E, V = 16, 8, 128, 128  # latent channels, kept states, widths of text and vision: wan-nano's
 DIFFERENT = 32  # samples of random numbers; they are written again and again
-BATCH, MICRO, READERS = 64, 8, 8
+BATCH, MICRO = 64, 8
 Found = Mapping[str, float | list[float]]
 
 
@@ -91,7 +92,7 @@ def _read_shard(path: str, index: Index) -> None:
 
 def read_batches(shards: ShardSet) -> None:
     """An epoch as training takes it."""
-    stream = Stream(shards, seed=0, batch=BATCH, micro_batch=MICRO, workers=READERS)
+    stream = Stream(shards, seed=0, batch=BATCH, micro_batch=MICRO)
     for step in range(len(shards) // BATCH):
         for piece in stream.step(step):
             collate(piece.samples, piece.weights, rollout=True)
@@ -103,7 +104,7 @@ def _alternate(shards: ShardSet, rounds: int, cold: bool) -> list[tuple[Lap, Lap
 
     A round before them fills the memory that is used again.
     """
-    works = (read_batches, read_in_a_row, partial(read_in_a_row, threads=READERS))
+    works = (read_batches, read_in_a_row, partial(read_in_a_row, threads=readers_of(Mixture((shards,)))))
     read_batches(shards)
     laps = [tuple(_timed(work, shards, cold) for work in works) for _ in range(rounds)]
     return [(ours, alone, together) for ours, alone, together in laps]

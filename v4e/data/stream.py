@@ -4,22 +4,21 @@ What stands at a position of a run, counted over all epochs, :mod:`v4e.data.mixt
 the step, so there is nothing to save and nothing to get wrong on resuming.
 """
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from threading import Lock
 
 from v4e.data.cache import Ahead, Remote
 from v4e.data.mixture import Mixture, Order, Spot
+from v4e.data.places import is_remote
 from v4e.data.shards import ShardSet
 from v4e.data.soundness import check_shapes
 from v4e.errors import ConfigError, DataError
 from v4e.nouns import Sample
-
-AHEAD_BYTES = 1 << 28  # that a rank's samples of one step may have for two to be read ahead
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,8 @@ class Stream:
         micro_batch: samples a slice.
         rank, world: which share is this one's.
         pictures: also read source and target.
-        workers: threads that read; they wait for disk or network more than they compute.
+        workers: threads that read; 0 for as many as there are cores, as they wait for each other more than for a
+            disk that is told ahead, and for eight where a set is read from a store.
         cache: bytes of tensors to keep in memory; samples met first stay.
 
     Raises:
@@ -69,7 +69,7 @@ class Stream:
         rank: int = 0,
         world: int = 1,
         pictures: bool = False,
-        workers: int = 8,
+        workers: int = 0,
         cache: int = 0,
     ) -> None:
         _check_sizes(batch, micro_batch, rank, world)
@@ -81,23 +81,21 @@ class Stream:
         self.quarantined: dict[str, str] = {}
         self._damaged: dict[Spot, str] = {}  # as found by the reader, which is a step ahead
         self._pictures, self._cache = pictures, _Cache(cache)
-        self._workers = workers
-        self._readers = ThreadPoolExecutor(workers, thread_name_prefix="v4e-stream")
-        self._ahead: dict[int, list[Future[_Read]]] = {}
+        self._workers = workers or readers_of(self.mixture)
+        self._readers = ThreadPoolExecutor(self._workers, thread_name_prefix="v4e-stream")
+        self._ahead: tuple[int, list[Future[_Read]]] | None = None
         self._announced = -1
         self._downloads = self._look_ahead()
 
     def step(self, step: int) -> list[Slice]:
-        """This rank's slices of a step, in the order they are accumulated; the next ones are read meanwhile.
+        """This rank's slices of a step, in the order they are accumulated; the next step is read meanwhile.
 
         Raises:
             DataError: not one sample of the set can be read.
         """
-        read = {p: found for part in self._taken(step) for p, found in part.result().items()}
+        read = {p: found for part in self._take(step) for p, found in part.result().items()}
         self._note_damage(read)
-        for later in range(step + 1, step + 1 + self._depth):
-            if later not in self._ahead:
-                self._ahead[later] = self._begin(later)
+        self._ahead = step + 1, self._begin(step + 1)
         return [_slice(positions, [read[p] for p in positions]) for positions in self._positions(step)]
 
     def keys_of(self, step: int) -> list[str]:
@@ -108,48 +106,35 @@ class Stream:
         """Stop reading ahead."""
         self._readers.shutdown(wait=True, cancel_futures=True)
 
-    def _taken(self, step: int) -> "list[Future[_Read]]":
-        """What reads a step; what was begun for others than the next ones is forgotten."""
-        reads = self._ahead.pop(step, None) or self._begin(step)
-        self._ahead = {s: f for s, f in self._ahead.items() if step < s <= step + self._depth}
-        return reads
-
-    @cached_property
-    def _depth(self) -> int:
-        """Steps to read ahead: with a second one no reader waits for the slowest of the first, if there is room."""
-        largest = max(sum(shard.bytes for shard in s.shards) / max(1, len(s)) for s in self.mixture.sets)
-        small = self.batch // self.world * largest <= AHEAD_BYTES
-        return 2 if small and not self._downloads else 1
+    def _take(self, step: int) -> "list[Future[_Read]]":
+        return self._ahead[1] if self._ahead and self._ahead[0] == step else self._begin(step)
 
     def _begin(self, step: int) -> "list[Future[_Read]]":
-        """Ask for this rank's samples of a step, a share of them from each reader, and for shards of those after it.
-
-        A disk fetches the step after it meanwhile: to ask it for a sample and to wait for that sample idles readers.
-        """
+        """Ask for this rank's samples of a step, a share of them from each reader, and for shards of those after it."""
         if self._downloads:
             self._downloads.move(step)
-        shares = self._shares(step)
-        if self._announced < step:
-            self._announce(step)
-        reads = [self._readers.submit(self._read_all, share) for share in shares]
-        self._readers.submit(self._announce, step + 1)
-        return reads
+        shares, later = self._shares(step), self._shares(step + 1)
+        if self._announced != step:
+            self._announce(p for share in shares for p in share)
+        self._announced = step + 1
+        return [self._readers.submit(self._read_all, *both) for both in zip(shares, later, strict=True)]
 
     def _shares(self, step: int) -> list[Sequence[int]]:
         """This rank's positions of a step, dealt out to the readers."""
         every = [p for positions in self._positions(step) for p in positions]
         return [every[n :: self._workers] for n in range(min(self._workers, len(every)))]
 
-    def _announce(self, step: int) -> None:
-        """Let the disk fetch this rank's samples of a step."""
-        self._announced = step
-        spots = (self.order[p] for share in self._shares(step) for p in share)
+    def _read_all(self, positions: Sequence[int], later: Sequence[int]) -> "_Read":
+        """One reader's share of a step; a disk fetches that of the next one meanwhile."""
+        self._announce(later)
+        return {p: self._at(p) for p in positions}
+
+    def _announce(self, positions: Iterable[int]) -> None:
+        """Let a disk fetch samples that are read soon."""
+        spots = map(self.order.__getitem__, positions)
         for spot in (s for s in spots if not self._cache.get(s)):
             with suppress(DataError):  # the reading says it
                 self.mixture.sets[spot.set].announce(spot.index, self._pictures)
-
-    def _read_all(self, positions: Sequence[int]) -> "_Read":
-        return {p: self._at(p) for p in positions}
 
     def _positions(self, step: int) -> list[range]:
         return slice_positions(step, self.batch, self.micro_batch, self.rank, self.world)
@@ -221,6 +206,12 @@ class _Cache:
                 self._room -= size
                 self._samples[spot] = sample
         return sample
+
+
+def readers_of(mixture: Mixture) -> int:
+    """How many threads read a mixture best: more than cores contend for Python's lock."""
+    cores = len(os.sched_getaffinity(0))
+    return 8 if any(is_remote(s.folder) for s in mixture.sets) else max(2, min(8, cores))
 
 
 def slice_positions(step: int, batch: int, micro_batch: int, rank: int, world: int) -> list[range]:
