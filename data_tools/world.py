@@ -553,7 +553,7 @@ def judge(edit: Edit, output: Picture) -> Verdict:
     source, out = _blurred(edit.source), _blurred(output)
     view = np.max([np.abs(p - source).max(0) for _, p in candidates], axis=0) > 4
     if of_objects := bool(edit.subject or edit.result):
-        view = binary_dilation(view, iterations=edit.size // 16)
+        view = np.asarray(binary_dilation(view, iterations=edit.size // 16), bool)
 
     def distance(picture: Floats) -> float:
         apart = (picture - out)[:, view]
