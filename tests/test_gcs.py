@@ -3,8 +3,9 @@
 from collections.abc import Iterator
 
 import pytest
+from builders import one_thread  # noqa: F401  (a fixture for all tests here)
 from gcs import bucket
-from test_offline_urls import local, one_thread, tars  # noqa: F401  (fixtures, the second for all tests here)
+from test_offline_urls import local, tars  # noqa: F401  (a fixture)
 from test_rollout import settings
 from test_shards import make_sample, same, write
 

@@ -5,12 +5,11 @@ import multiprocessing
 import os
 import signal
 import tempfile
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
+from builders import one_thread  # noqa: F401  (a fixture for all tests here)
 from test_migrate import as_of_old
 from test_rollout import picture, settings
 from test_shards import write
@@ -37,15 +36,6 @@ COUNT = 5
 @pytest.fixture
 def url(s3, request) -> str:  # noqa: F811
     return f"{s3}/{request.node.name}".replace("[", "-").replace("]", "")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """OpenMP's threads do not live through the fork of a rank, which would wait for them for ever."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

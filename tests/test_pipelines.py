@@ -1,12 +1,11 @@
 """What we sample is what stock diffusers samples; and batches of different images equal one by one."""
 
 import json
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
-from builders import C, shared_wan_folder
+from builders import C, one_thread, shared_wan_folder  # noqa: F401  (a fixture for all tests here)
 from diffusers import UniPCMultistepScheduler, WanImageToVideoPipeline
 from PIL import Image
 
@@ -29,15 +28,6 @@ from v4e.pipelines import (
 )
 
 SIZE = 32
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """On a busy machine MKL takes fewer threads, and products split otherwise differ in their last bits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def picture(seed: int, height: int = SIZE, width: int = SIZE) -> Image.Image:
