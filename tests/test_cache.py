@@ -16,7 +16,6 @@ import pytest
 from stores import bucket, moto
 from test_shards import ShardSet, flip, run_python, write
 
-from data_tools.bench.reading import resident
 from v4e.config import Loop, Share
 from v4e.data.cache import Ahead, Remote, ShardCache
 from v4e.data.index import Index, index_path
@@ -24,6 +23,7 @@ from v4e.data.mixture import Mixture, Order
 from v4e.data.places import patiently, place, read_bytes, system
 from v4e.data.stream import Stream
 from v4e.errors import ConfigError, DataError
+from v4e.train.meter import resident
 
 serving = pytest.importorskip("werkzeug.serving")
 N, EACH = 18, 2  # samples, and of a shard
@@ -408,7 +408,7 @@ def test_memory_stays_flat_through_a_cache(server, tmp_path, monkeypatch):
         for step in range(2000):
             (piece,) = stream.step(step)
             assert piece.weights == (1.0, 1.0)
-            held.append(resident())
+            held.append(resident("VmRSS") / 1e6)
         stream.close()
     there.kill()
     there.communicate()

@@ -15,15 +15,11 @@ pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about
 HOLES = """
 import ctypes, json
 from contextlib import nullcontext
-from pathlib import Path
 from v4e.train.heap import given_back
+from v4e.train.meter import resident
 
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
-
-def resident():
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS:"))
-    return int(line.split()[1]) / 1024
 
 def taken(size):
     block = libc.malloc(size)
@@ -32,12 +28,12 @@ def taken(size):
 
 def left(around):
     '''MB that stay of 100 MB when they are freed, small blocks that stay lying between them.'''
-    before = resident()
+    before = resident("VmRSS") / 1e6
     with around:
         blocks = [(taken(2 << 20), taken(1 << 14)) for _ in range(50)]
         for large, small in blocks:
             libc.free(large)
-    return resident() - before
+    return resident("VmRSS") / 1e6 - before
 
 libc.free(taken(24 << 20))  # from which malloc learns to keep blocks of that size
 print(json.dumps([left(given_back()), left(nullcontext())]))

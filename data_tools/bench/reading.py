@@ -31,6 +31,7 @@ from v4e.data.mixture import Mixture
 from v4e.data.shards import FORMAT, SetMeta, ShardInfo, ShardSet, ShardWriter, index_path
 from v4e.data.stream import Stream, readers_of
 from v4e.nouns import Encoded, Grid, Rollout, Sample
+from v4e.train.meter import resident
 
 STUDENT, TEACHER = Grid(5, 64, 64, (4, 4, 4)), Grid(9, 64, 64, (4, 4, 4))
 META = SetMeta("rollout", STUDENT, TEACHER)
@@ -192,15 +193,10 @@ def steady(steps: int = 2000, samples: int = 200, batch: int = 8, lap: int = 50)
         for step in range(steps):
             for piece in stream.step(step):
                 collate(piece.samples, piece.weights, rollout=True)
-            held.append(resident())
+            held.append(resident("VmRSS") / 1e6)
         stream.close()
     peaks = [max(held[n : n + lap]) for n in range(steps // 4, steps - lap + 1, lap)]
     return {"loader_memory_slope": round(float(np.polyfit(range(len(peaks)), peaks, 1)[0]) * 1000 / lap, 3)}
-
-
-def resident() -> float:
-    """MB of memory that this process holds now."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
 def forge(folder: Path, samples: int, shards: int) -> None:

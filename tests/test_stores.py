@@ -1,10 +1,14 @@
-"""gs:// by gcsfs itself, against an emulator of Google's store."""
+"""gs:// by gcsfs itself against an emulator of Google's store, and hf:// by the Hub's own client against a server of
+this process that answers as the Hub does."""
 
+import json
+import re
 from collections.abc import Iterator
 
 import pytest
 from builders import one_thread  # noqa: F401  (a fixture for all tests here)
 from gcs import bucket
+from hub import hub
 from test_offline_urls import local, tars  # noqa: F401  (a fixture)
 from test_rollout import settings
 from test_shards import make_sample, same, write
@@ -17,10 +21,12 @@ from v4e.data.shards import ShardSet
 from v4e.data.stream import Stream
 from v4e.errors import DataError
 
+ABSENT = {"gs": "gs://none/set", "hf": "hf://datasets/lab/none/set"}
 
-@pytest.fixture
-def url() -> Iterator[str]:
-    with bucket() as found:
+
+@pytest.fixture(params=(bucket, hub), ids=ABSENT)
+def url(request) -> Iterator[str]:
+    with request.param() as found:
         yield found
 
 
@@ -31,19 +37,18 @@ def test_files_are_written_whole_listed_and_read_in_parts(url):
     assert (names(file.parent), read_bytes(file), bytes(read_range(file, 1, 3))) == ({"a.txt"}, b"hello", b"ell")
 
 
-def test_the_store_itself_refuses_a_second_writer(url, tmp_path):
-    file = place(url) / "set/a.txt"
+def test_a_second_writer_is_refused(url, tmp_path):
+    file, refusal = place(url) / "set/a.txt", re.escape(f"{url}/set/a.txt: another writer has made this file")
     put_new(file, b"hello")
     put_new(file, b"hello")
-    with pytest.raises(DataError, match=r"gs://edits/set/a\.txt: another writer has made this file"):
-        put_new(file, b"other")
     (tmp_path / "b").write_bytes(b"third")
-    with pytest.raises(DataError, match=r"gs://edits/set/a\.txt: another writer has made this file"):
-        put_new(file, tmp_path / "b")
+    for other in (b"other", tmp_path / "b"):
+        with pytest.raises(DataError, match=refusal):
+            put_new(file, other)
     assert read_bytes(file) == b"hello"
 
 
-def test_a_set_in_the_bucket_is_the_set_on_disk_and_is_trained_on(url, tmp_path):
+def test_a_set_in_the_store_is_the_set_on_disk_and_is_trained_on(url, tmp_path):
     here, there = write(tmp_path / "set"), write(f"{url}/set")
     assert there.identity == here.identity and tars(f"{url}/set") == tars(tmp_path / "set")
     same(make_sample(5), there.sample(5), here.sample(5).encoded.clip_Cthw.dtype)
@@ -52,7 +57,7 @@ def test_a_set_in_the_bucket_is_the_set_on_disk_and_is_trained_on(url, tmp_path)
     stream.close()
 
 
-def test_the_offline_stage_in_the_bucket(url, local, capsys):  # noqa: F811
+def test_the_offline_stage_in_the_store(url, local, capsys):  # noqa: F811
     """From a list and pictures that are there to shards that are there: the bytes of the disk."""
     for path in (p for p in local.iterdir() if p.is_file()):
         put(place(url) / "raw" / path.name, path.read_bytes())
@@ -62,12 +67,16 @@ def test_the_offline_stage_in_the_bucket(url, local, capsys):  # noqa: F811
     assert tars(f"{url}/set") == tars(local / "set")
     with pytest.raises(DataError, match=r"guidance was 2\.0 and is now 4\.0"):
         rollout(read_triplets(f"{url}/edits"), f"{url}/set", settings(guidance=4.0))
-    for words in (["verify", f"{url}/edits"], ["verify", f"{url}/set"], ["stats", f"{url}/set"]):
-        assert cli.main(words) == 0, (words, capsys.readouterr())
+    for words in ("verify edits", "verify set", "stats set", "look set"):
+        verb, folder = words.split()
+        assert cli.main([verb, f"{url}/{folder}"]) == 0, (words, capsys.readouterr())
+    assert read_bytes(place(url) / "set/look.html").startswith(b"<!doctype html>")
+    assert json.loads(read_bytes(place(url) / "edits/evolve.json"))["written"]
 
 
-def test_a_bucket_that_is_not_there_is_named(url):
-    with pytest.raises(DataError, match=r"gs://none/set: no manifest\.json"):
-        ShardSet.open("gs://none/set")
-    with pytest.raises(DataError, match="gs://none/set"):
-        write("gs://none/set")
+def test_what_is_not_there_is_named(url):
+    absent = ABSENT[url.split(":")[0]]
+    with pytest.raises(DataError, match=rf"{absent}: no manifest\.json"):
+        ShardSet.open(absent)
+    with pytest.raises(DataError, match=absent):
+        write(absent)
