@@ -29,7 +29,7 @@ checks: $(READY)
 	$(BIN)/python -m pytest tests/test_house.py
 
 student: $(READY)
-	$(BIN)/v4e demo output=runs/long triplets=1024 steps=1600 compute_ratio=2.2 per_task=12 'train=[zero_stage=1]' $(ARGS)
+	$(BIN)/v4e demo output=runs/long triplets=4096 steps=2400 compute_ratio=2.1 per_task=36 'train=[zero_stage=1]' $(ARGS)
 
 nano: $(READY)
 	$(BIN)/python -m data_tools.nano $(ARGS)

@@ -332,8 +332,8 @@ def _export(trained: Trained) -> str:
 
 def _evaluate(trained: Trained) -> str:
     """Measure, then drop what is large and has served: so many runs would fill a disk."""
-    make = evaluator.of_editor(demo.editor(trained.home / "model", trained.config.pool))
-    results = _measure(trained.config, [_method(trained.run.name, make, trained.config)], trained.home / "edits")
+    row = _method(trained.run.name, trained.home / "model", trained.config)
+    results = _measure(trained.config, [row], trained.home / "edits")
     for folder in ("train/checkpoints", "train/weights", *([] if trained.config.keep_models else ["model"])):
         shutil.rmtree(trained.home / folder, ignore_errors=True)
     return f"{len(results)} edits"
@@ -341,12 +341,12 @@ def _evaluate(trained: Trained) -> str:
 
 def _measure_references(config: AblateConfig) -> str:
     """Doing nothing, and the video model as it is."""
-    init = _method(INIT, evaluator.of_editor(demo.editor(config.road.i2v, config.pool)), config)
+    init = _method(INIT, config.road.i2v, config)
     return f"{len(_measure(config, [Method(COPY, evaluator.copy_source), init], config.root / 'references'))} edits"
 
 
-def _method(name: str, make: evaluator.Make, config: AblateConfig) -> Method:
-    return Method(name, make, (config.road.headline,), tuple(range(config.road.seeds)))
+def _method(name: str, model: Path, config: AblateConfig) -> Method:
+    return demo.method(name, model, config.pool, (config.road.headline,))
 
 
 def _measure(config: AblateConfig, methods: Sequence[Method], folder: Path) -> list[Result]:

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from data_tools import evolve, ingest, verify, world
-from data_tools.rollout import NO_TEACHER, TYPES, RolloutConfig, rollout
+from data_tools.rollout import NO_TEACHER, TYPES, RolloutConfig, content_hash, rollout
 from v4e import config as settings_of
 from v4e.data.disk import agree, read_bytes, to_json, writable, write_atomically
 from v4e.errors import CheckpointError, TrainingError
@@ -391,11 +391,19 @@ def methods(demo: DemoConfig) -> list[Method]:
         "sft_equal_compute": demo.root / "baselines" / "sft_equal_compute" / "model",
         "student": demo.root / "student",
     }
-    rows = [Method("copy", run.copy_source), Method("vae", _through_vae(demo))]
-    rows.append(Method("teacher", _imagine(demo), (demo.teacher_steps,)))
-    seeds = tuple(range(demo.seeds))
-    rows += [Method(n, run.of_editor(editor(folder, demo)), demo.step_counts, seeds) for n, folder in students.items()]
-    return rows
+    told = content_hash(str(demo.teacher))
+    return [
+        Method("copy", run.copy_source),
+        Method("vae", _through_vae(demo), identity=told),
+        Method("teacher", _imagine(demo), (demo.teacher_steps,), identity=told),
+        *(method(name, folder, demo, demo.step_counts) for name, folder in students.items()),
+    ]
+
+
+def method(name: str, folder: Path, demo: DemoConfig, steps: tuple[int, ...]) -> Method:
+    """The row of a student, with every sampling seed."""
+    make = run.of_editor(editor(folder, demo))
+    return Method(name, make, steps, tuple(range(demo.seeds)), content_hash(str(folder)))
 
 
 def editor(folder: Path, demo: DemoConfig) -> run.Edit:

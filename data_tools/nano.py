@@ -39,6 +39,7 @@ from data_tools.demo import launcher
 from data_tools.rollout import TOOL, Evolving, pack_clips
 from v4e import flow
 from v4e.data.collate import stack, student_conditions
+from v4e.data.disk import lock
 from v4e.data.shards import ShardSet
 from v4e.errors import DataError
 from v4e.eval.metrics import LUMA, ROUNDING_ENERGY
@@ -812,13 +813,23 @@ def _card_line(method: str, steps: str, figures: dict[str, float | None]) -> str
 
 
 STAGES = ("vae", "text", "vision", "arch", "pack", *LEGS, "decoder", "bundle")
+ENCODERS = ("text", "vision")  # they ask nothing of the VAE, and each stage of these three is one thread's work
 
 
 def run_stage(stage: str, work: Path, seed: int, ranks: int) -> None:
-    """One stage; a finished one left a marker and is skipped."""
+    """One stage; a finished one left a marker and is skipped.
+
+    Raises:
+        DataError: another process is at it, such as one whose starter was killed.
+    """
     marker = work / f".{stage}.done"
-    if marker.exists():
-        return
+    work.mkdir(parents=True, exist_ok=True)
+    with lock(work / f".{stage}.lock"):
+        if not marker.exists():
+            _do(stage, work, seed, ranks, marker)
+
+
+def _do(stage: str, work: Path, seed: int, ranks: int, marker: Path) -> None:
     start = time.perf_counter()
     match stage:
         case "vae":
@@ -843,9 +854,23 @@ def run_stage(stage: str, work: Path, seed: int, ranks: int) -> None:
     print(f"{stage}: {marker.read_text().strip()}", flush=True)
 
 
+def run_all(work: Path, seed: int, ranks: int) -> None:
+    """Every stage, the encoders of texts and pictures in a process beside the VAE."""
+    place = ["--work", str(work), "--seed", str(seed)]
+    beside = subprocess.Popen([sys.executable, "-m", "data_tools.nano", *ENCODERS, *place])
+    try:
+        run_stage("vae", work, seed, ranks)
+    finally:
+        code = beside.wait()
+    if code:
+        raise DataError("training the encoders failed", where=str(work), fix="see above; `make nano` goes on")
+    for stage in STAGES:
+        run_stage(stage, work, seed, ranks)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", nargs="?", choices=STAGES, help="only this one; all of them by default")
+    parser.add_argument("stages", nargs="*", metavar="stage", help=f"only these of {', '.join(STAGES)}; all by default")
     parser.add_argument("--work", type=Path, default=Path("runs/nano"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ranks", type=int, default=2)
@@ -866,8 +891,12 @@ def main() -> int:
         ship(args.student / "student", BUNDLE / "student")
         write_cards(args.student / "report.json", BUNDLE, ["student"])
         return 0
-    for stage in [args.stage] if args.stage else STAGES:
+    if unknown := [stage for stage in args.stages if stage not in STAGES]:
+        parser.error(f"no stage {unknown[0]!r}; there are {', '.join(STAGES)}")
+    for stage in args.stages:
         run_stage(stage, args.work, args.seed, args.ranks)
+    if not args.stages:
+        run_all(args.work, args.seed, args.ranks)
     return 0
 
 

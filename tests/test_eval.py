@@ -1,6 +1,9 @@
 """Every number of a report can be computed again from the pictures beside it."""
 
 import json
+import multiprocessing
+import os
+import signal
 from dataclasses import replace
 
 import pytest
@@ -116,6 +119,56 @@ def test_seeds_differ_between_cases_and_seeds(folder):
 
     run.evaluate(CASES, [Method("student", watch, (4,), (0, 1))], judge, folder / "again")
     assert len(set(seen)) == len(CASES) * 2
+
+
+class Painter:
+    """A method's ``make`` that counts its batches, and kills its process at one of them."""
+
+    def __init__(self, last: int = 0) -> None:
+        self.last, self.asked = last, []
+
+    def __call__(self, cases, seeds, steps) -> list[Clip]:
+        self.asked.append(([c.id for c in cases], steps))
+        if len(self.asked) == self.last:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return noisy(cases, seeds, steps)
+
+
+def painted(folder, painter: Painter, identity: str = "weights 1") -> list[run.Result]:
+    methods = [METHODS[0], Method("student", painter, (1, 4), (0, 1), identity)]
+    return run.evaluate(CASES, methods, judge, folder, batch=2)
+
+
+def killed(folder, last: int) -> None:
+    def work() -> None:
+        torch.set_num_threads(1)  # the parent's pool of threads is not there
+        painted(folder, Painter(last))
+
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+
+
+def test_killed_it_goes_on_after_the_last_finished_batch(tmp_path):
+    whole = painted(tmp_path / "whole", every := Painter())
+    killed(tmp_path / "cut", last=6)
+    resumed = painted(tmp_path / "cut", rest := Painter())
+    assert len(every.asked) == 8 and rest.asked == every.asked[5:]
+    assert resumed == whole == run.recompute(tmp_path / "cut", judge)
+    assert not (tmp_path / "cut" / run.UNITS).exists()
+
+
+def test_finished_batches_of_other_weights_are_made_again(tmp_path):
+    killed(tmp_path, last=6)
+    painted(tmp_path, painter := Painter(), "weights 2")
+    assert len(painter.asked) == 8
+
+
+def test_a_finished_evaluation_is_made_again_when_asked(tmp_path):
+    painted(tmp_path, Painter())
+    painted(tmp_path, painter := Painter())
+    assert len(painter.asked) == 8
 
 
 def test_bars(rows):

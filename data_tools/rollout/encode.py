@@ -126,7 +126,7 @@ def pack_clips(
         items: drawn lazily; a restart needs the same ones in the same order.
         grid: of the clips; here it is both models' grid.
         ends: see :class:`Encoder`; each of the three VAE passes a clip costs about the same.
-        batch: clips that are encoded together (BatchCodec), always the same ones.
+        batch: clips that are encoded together (RolloutCodec), always the same ones.
         settings: what the clips depend on, such as a world's seed.
         total: number of items, for the progress bar.
         part, parts: this process packs units part, part + parts, ...; the last to end writes the manifest.
@@ -134,7 +134,7 @@ def pack_clips(
     Raises:
         DataError: the folder was begun with other settings, or the disk is full.
     """
-    encode, origin = Encoder(BatchCodec.over(codec), Grids(grid, grid), ends), origin or Origin(tool=TOOL)
+    encode, origin = Encoder(RolloutCodec.over(codec), Grids(grid, grid), ends), origin or Origin(tool=TOOL)
     said = {"ends": ends, "batch": batch, "codec": content_hash(str(codec.source), CODEC_PARTS)}
     meta, seen = SetMeta("pretrain", grid, grid, {**said, **(settings or {})}), 0
     with ShardWriter(out, meta, samples_per_shard=samples_per_shard, part=part, manifest=False) as writer:

@@ -7,6 +7,7 @@ anyone can compute every number again: :func:`recompute` does, from the files al
 import json
 import math
 import multiprocessing
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
@@ -16,7 +17,7 @@ from statistics import fmean, stdev
 import torch
 from torch import Tensor
 
-from v4e.data.disk import read_bytes, to_json, write_atomically
+from v4e.data.disk import hash_of, read_bytes, to_json, write_atomically
 from v4e.data.members import from_png, to_png
 from v4e.errors import DataError
 from v4e.eval.metrics import Scores, psnr, score
@@ -24,6 +25,7 @@ from v4e.journal import progress
 from v4e.nouns import Clip, seed_of
 
 LINES = "edits.jsonl"
+UNITS = ".units"  # results of finished batches, while an evaluation is at work
 OVERALL = "overall"
 
 
@@ -66,12 +68,15 @@ class Method:
             but the first are compared with ``Case.middle`` when there are as many.
         steps: step counts to try; 0 where steps mean nothing.
         seeds: sampling seeds to try.
+        identity: all that its edits depend on besides, such as a hash of weights and settings. A batch that was
+            finished before a kill is taken as it is if this is the same; without one, everything is made again.
     """
 
     name: str
     make: Make
     steps: tuple[int, ...] = (0,)
     seeds: tuple[int, ...] = (0,)
+    identity: str = ""
 
 
 @dataclass(frozen=True)
@@ -147,6 +152,14 @@ class Unit:
     seed: int
     cases: tuple[Case, ...]
 
+    @property
+    def kept(self) -> str:
+        """The file of its results, named by all that they depend on; "" where that is not known."""
+        if not self.method.identity:
+            return ""
+        asked = [self.method.name, self.method.identity, str(self.steps), str(self.seed)]
+        return f"{hash_of(to_json([asked, [_content(case) for case in self.cases]]))}.jsonl"
+
 
 def of_editor(edit: Edit) -> Make:
     """An editor, which sees source and instruction alone, as a method's ``make``."""
@@ -168,6 +181,8 @@ def evaluate(
 ) -> list[Result]:
     """Run every method over every case, write the pictures, score what was written.
 
+    Killed, it goes on after the last finished batches of methods with an ``identity``.
+
     Args:
         batch: cases given to a method at once.
         processes: that share the work, forked; each should compute on one thread.
@@ -184,6 +199,7 @@ def evaluate(
     made = _run_all(units, judge, folder, processes)
     results = [r for part in progress(made, "evaluate", total=len(units)) for r in part]
     write_results(results, folder)
+    shutil.rmtree(folder / UNITS, ignore_errors=True)
     return results
 
 
@@ -217,7 +233,7 @@ def mean_of(scores: Sequence[Scores]) -> Metrics:
 
 def write_results(results: Iterable[Result], folder: Path) -> None:
     """Write ``edits.jsonl``, whole or not at all."""
-    write_atomically(folder / LINES, b"".join(to_json(asdict(r)) + b"\n" for r in results))
+    _write_lines(folder / LINES, results)
 
 
 def read_results(folder: Path) -> list[Result]:
@@ -226,8 +242,7 @@ def read_results(folder: Path) -> list[Result]:
     Raises:
         DataError: it is missing or a line is damaged.
     """
-    lines = read_bytes(folder / LINES).decode().splitlines()
-    return [_parse(line, f"{folder / LINES}:{number}") for number, line in enumerate(lines, 1)]
+    return _read_lines(folder / LINES)
 
 
 def case_of(result: Result, folder: Path) -> Case:
@@ -297,10 +312,25 @@ def _run_inherited(number: int) -> list[Result]:
 
 
 def _run(unit: Unit, judge: Judge, folder: Path) -> list[Result]:
+    kept = folder / UNITS / unit.kept
+    if kept.is_file():
+        return _read_lines(kept)
+    results = _made(unit, judge, folder)
+    if unit.kept:
+        _write_lines(kept, results)
+    return results
+
+
+def _made(unit: Unit, judge: Judge, folder: Path) -> list[Result]:
     seeds = [seed_of("eval", unit.seed, case.id) for case in unit.cases]
     clips = unit.method.make(unit.cases, seeds, unit.steps)
     _check(unit, clips)
     return [_finish(unit, case, clip, judge, folder) for case, clip in zip(unit.cases, clips, strict=True)]
+
+
+def _content(case: Case) -> list[str]:
+    clips = [clip.frames_T3HW for clip in (case.source, case.target, case.middle) if clip]
+    return [case.id, case.instruction, *(hash_of(x.numpy().tobytes()) for x in (*clips, case.mask_HW))]
 
 
 def _finish(unit: Unit, case: Case, clip: Clip, judge: Judge, folder: Path) -> Result:
@@ -383,6 +413,16 @@ def _read(path: Path) -> Clip:
         return from_png(read_bytes(path))
     except OSError as error:  # PIL: not an image, or cut short
         raise DataError("not a readable picture", where=str(path), fix="evaluate again") from error
+
+
+def _write_lines(path: Path, results: Iterable[Result]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, b"".join(to_json(asdict(r)) + b"\n" for r in results))
+
+
+def _read_lines(path: Path) -> list[Result]:
+    lines = read_bytes(path).decode().splitlines()
+    return [_parse(line, f"{path}:{number}") for number, line in enumerate(lines, 1)]
 
 
 def _parse(line: str, where: str) -> Result:
