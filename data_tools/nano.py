@@ -742,12 +742,15 @@ def train_on_estimates(work: Path, seed: int) -> None:
         vae.save_pretrained(folder / "vae")
 
 
+def _command(work: Path, seed: int, *words: str) -> list[str]:
+    """This program in a process of its own."""
+    return [sys.executable, "-m", "data_tools.nano", *words, "--work", str(work), "--seed", str(seed)]
+
+
 def pack_in_parallel(work: Path, seed: int, name: str, processes: int) -> None:
     """Pack with one single-threaded process a core."""
-    command = [sys.executable, "-m", "data_tools.nano", "pack", "--work", str(work), "--seed", str(seed)]
-    running = [
-        subprocess.Popen([*command, "--only", name, "--part", f"{part}/{processes}"]) for part in range(processes)
-    ]
+    shares = [["--only", name, "--part", f"{part}/{processes}"] for part in range(processes)]
+    running = [subprocess.Popen(_command(work, seed, "pack", *share)) for share in shares]
     codes = [process.wait() for process in running]
     if any(codes):
         raise DataError(f"packing {name}'s clips failed", where=str(work), fix="see above; `make nano` goes on")
@@ -856,8 +859,7 @@ def _do(stage: str, work: Path, seed: int, ranks: int, marker: Path) -> None:
 
 def run_all(work: Path, seed: int, ranks: int) -> None:
     """Every stage, the encoders of texts and pictures in a process beside the VAE."""
-    place = ["--work", str(work), "--seed", str(seed)]
-    beside = subprocess.Popen([sys.executable, "-m", "data_tools.nano", *ENCODERS, *place])
+    beside = subprocess.Popen(_command(work, seed, *ENCODERS))
     try:
         run_stage("vae", work, seed, ranks)
     finally:

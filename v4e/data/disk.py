@@ -7,7 +7,7 @@ import json
 import os
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -137,6 +137,11 @@ def to_json(value: object, indent: int | None = None) -> bytes:
     """Deterministic UTF-8 json."""
     separators = None if indent else (",", ":")
     return json.dumps(value, ensure_ascii=False, indent=indent, separators=separators, allow_nan=False).encode()
+
+
+def write_lines(path: Place, rows: Iterable[Mapping[str, object]]) -> None:
+    """A jsonl file, whole or not at all."""
+    write_atomically(path, b"".join(to_json(row) + b"\n" for row in rows))
 
 
 def digest_of(content: bytes | memoryview) -> bytes:

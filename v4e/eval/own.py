@@ -9,7 +9,7 @@ is what is kept or made again: the result does not depend on how often it was in
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from v4e import __version__, photos
-from v4e.data.disk import hash_of, lock, to_json, writable, write_atomically
+from v4e.data.disk import hash_of, lock, to_json, writable, write_atomically, write_lines
 from v4e.data.members import as_image
 from v4e.errors import ConfigError, DataError, V4EError
 from v4e.eval.measures import Eyes, Scores, score
@@ -206,11 +206,6 @@ def fingerprint(folder: Path) -> str:
             file.seek(max(SAMPLED, size - SAMPLED))
             digest.update(file.read())
     return digest.hexdigest()
-
-
-def write_lines(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
-    """A jsonl file, whole or not at all."""
-    write_atomically(path, b"".join(to_json(row) + b"\n" for row in rows))
 
 
 # --------------------------------------------------------------------------------------------------- making

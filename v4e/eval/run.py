@@ -17,7 +17,7 @@ from statistics import fmean, stdev
 import torch
 from torch import Tensor
 
-from v4e.data.disk import hash_of, read_bytes, to_json, write_atomically
+from v4e.data.disk import hash_of, read_bytes, to_json, write_lines
 from v4e.data.members import from_png, to_png
 from v4e.errors import DataError
 from v4e.eval.metrics import Scores, psnr, score
@@ -154,9 +154,7 @@ class Unit:
 
     @property
     def kept(self) -> str:
-        """The file of its results, named by all that they depend on; "" where that is not known."""
-        if not self.method.identity:
-            return ""
+        """The file of its results, named by all that they depend on; for methods with an identity."""
         asked = [self.method.name, self.method.identity, str(self.steps), str(self.seed)]
         return f"{hash_of(to_json([asked, [_content(case) for case in self.cases]]))}.jsonl"
 
@@ -233,7 +231,7 @@ def mean_of(scores: Sequence[Scores]) -> Metrics:
 
 def write_results(results: Iterable[Result], folder: Path) -> None:
     """Write ``edits.jsonl``, whole or not at all."""
-    _write_lines(folder / LINES, results)
+    write_lines(folder / LINES, (asdict(r) for r in results))
 
 
 def read_results(folder: Path) -> list[Result]:
@@ -312,12 +310,14 @@ def _run_inherited(number: int) -> list[Result]:
 
 
 def _run(unit: Unit, judge: Judge, folder: Path) -> list[Result]:
+    if not unit.method.identity:
+        return _made(unit, judge, folder)
     kept = folder / UNITS / unit.kept
     if kept.is_file():
         return _read_lines(kept)
     results = _made(unit, judge, folder)
-    if unit.kept:
-        _write_lines(kept, results)
+    kept.parent.mkdir(exist_ok=True)
+    write_lines(kept, (asdict(r) for r in results))
     return results
 
 
@@ -413,11 +413,6 @@ def _read(path: Path) -> Clip:
         return from_png(read_bytes(path))
     except OSError as error:  # PIL: not an image, or cut short
         raise DataError("not a readable picture", where=str(path), fix="evaluate again") from error
-
-
-def _write_lines(path: Path, results: Iterable[Result]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, b"".join(to_json(asdict(r)) + b"\n" for r in results))
 
 
 def _read_lines(path: Path) -> list[Result]:
