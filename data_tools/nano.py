@@ -3,7 +3,8 @@
 Stages, each a folder under the work directory with a checkpoint it resumes from:
 
     vae      AutoencoderKLWan on images, then clips              text     tokenizer and UMT5 encoder
-    vision   CLIP vision encoder                                 pack     clips -> shards, as the trainer reads them
+    vision   CLIP vision encoder                                 arch     both folders, their DiTs without weights
+    polish   the VAE's decoder alone, on detail and sketches     pack     clips -> shards, as the trainer reads them
     teacher  FLF2V on 9-frame clips (recipes/flow_matching.py)   i2v      I2V on 5-frame clips, from the teacher
     teacher-2          goes on with the same clips               i2v-2 to i2v-5     go on, each on new clips
     decoder            the VAE's decoder, on latents as a few steps leave them    bundle   bf16 folders, to v4e/assets
@@ -308,19 +309,32 @@ def picture_loss(y: Tensor, x: Tensor, detail: float) -> Tensor:
 
 
 def train_vae(work: Path, seed: int) -> None:
-    """Train, sharpen the decoder, measure the latents' mean and deviation per channel, write the diffusers folder."""
+    """Train, measure the latents' mean and deviation per channel, write the diffusers folder."""
     torch.manual_seed(seed_of(seed, "vae"))
     vae = new_vae()
     nn.init.constant_(vae.quant_conv.bias[16:], -5.0)  # start with little posterior noise; KL finds its own level
     stage = Stage(work / "vae", vae, muon_and_adam(vae, 0.02, 3e-3), IMAGE_STEPS + CLIP_STEPS + WHOLE_STEPS)
     stage.run(lambda step: vae_loss(vae, vae_batch(step, seed), seed_of(seed, "noise", step)), "vae")
     mean, std = latent_statistics(vae, seed)
-    first, second = IMAGE_STEPS, IMAGE_STEPS + DETAIL_STEPS
-    train_decoder(work / "vae-decoder", vae, DETAIL_STEPS, lambda i: decoder_loss(vae, vae_batch(first + i, seed), 0.0))
-    train_decoder(work / "vae-sharp", vae, SHARP_STEPS, lambda i: decoder_loss(vae, vae_batch(second + i, seed), 0.03))
-    train_decoder(work / "vae-sketch", vae, SKETCH_STEPS, lambda i: sketchy_loss(vae, std, seed, i))
     vae.register_to_config(latents_mean=mean, latents_std=std)
     vae.save_pretrained(work / "vae" / "folder")
+
+
+def load_vae(folder: Path) -> Any:
+    return AutoencoderKLWan.from_pretrained(folder, torch_dtype=torch.float32)
+
+
+def polish_decoder(work: Path, seed: int) -> None:
+    """The decoder goes on with more weight on detail, then on sharpness, at last on many sketches.
+
+    What is packed are latents, so this may happen at the same time.
+    """
+    vae = load_vae(work / "vae" / "folder")
+    std, first, second = vae.config.latents_std, IMAGE_STEPS, IMAGE_STEPS + DETAIL_STEPS
+    train_decoder(work / "detail", vae, DETAIL_STEPS, lambda i: decoder_loss(vae, vae_batch(first + i, seed), 0.0))
+    train_decoder(work / "sharp", vae, SHARP_STEPS, lambda i: decoder_loss(vae, vae_batch(second + i, seed), 0.03))
+    train_decoder(work / "sketch", vae, SKETCH_STEPS, lambda i: sketchy_loss(vae, std, seed, i))
+    vae.save_pretrained(work / "polish" / "folder")
 
 
 def train_decoder(folder: Path, vae: Any, steps: int, loss_of: Callable[[int], Tensor], lr: float = 1.0) -> None:
@@ -723,8 +737,7 @@ class Estimates:
 
 def train_on_estimates(work: Path, seed: int) -> None:
     """The decoder of both models goes on, in turns on true latents and on what the finished I2V takes them for."""
-    folders = [work / "models" / leg for leg in SHIPPED.values()]
-    vae: Any = AutoencoderKLWan.from_pretrained(folders[0] / "vae", torch_dtype=torch.float32)
+    vae = load_vae(work / "polish" / "folder")
     i2v, last = work / "models" / SHIPPED["i2v"], LEGS[SHIPPED["i2v"]].clips
     model = EditPipeline.from_pretrained(i2v, dtype=torch.bfloat16, attention="matmul").backbone
     estimates = Estimates(model, vae.config, ShardSet.open(work / f"shards-{last}"), CLIPS[last], seed)
@@ -738,8 +751,8 @@ def train_on_estimates(work: Path, seed: int) -> None:
         return detail_loss(y.float(), frames, sharp=0.03)
 
     train_decoder(work / "decoder", vae, ESTIMATE_STEPS, loss_of, lr=0.5)
-    for folder in folders:
-        vae.save_pretrained(folder / "vae")
+    for leg in SHIPPED.values():
+        vae.save_pretrained(work / "models" / leg / "vae")
 
 
 def _command(work: Path, seed: int, *words: str) -> list[str]:
@@ -815,8 +828,9 @@ def _card_line(method: str, steps: str, figures: dict[str, float | None]) -> str
     return f"| {method} | {steps if steps != '0' else ''} | {' | '.join(told)} |"
 
 
-STAGES = ("vae", "text", "vision", "arch", "pack", *LEGS, "decoder", "bundle")
-ENCODERS = ("text", "vision")  # they ask nothing of the VAE, and each stage of these three is one thread's work
+STAGES = ("vae", "text", "vision", "arch", "polish", "pack", *LEGS, "decoder", "bundle")
+# Stages that ask nothing of another run in a process beside it: one thread's work would leave the other cores idle.
+BESIDE = {"vae": ("text", "vision"), "pack": ("polish",)}
 
 
 def run_stage(stage: str, work: Path, seed: int, ranks: int) -> None:
@@ -844,6 +858,8 @@ def _do(stage: str, work: Path, seed: int, ranks: int, marker: Path) -> None:
         case "arch":
             for name in FRAMES:
                 assemble(work, name, work / "arch" / name)
+        case "polish":
+            polish_decoder(work, seed)
         case "pack":
             for name in CLIPS:
                 pack_in_parallel(work, seed, name, ranks)
@@ -858,16 +874,27 @@ def _do(stage: str, work: Path, seed: int, ranks: int, marker: Path) -> None:
 
 
 def run_all(work: Path, seed: int, ranks: int) -> None:
-    """Every stage, the encoders of texts and pictures in a process beside the VAE."""
-    beside = subprocess.Popen(_command(work, seed, *ENCODERS))
-    try:
-        run_stage("vae", work, seed, ranks)
-    finally:
-        code = beside.wait()
-    if code:
-        raise DataError("training the encoders failed", where=str(work), fix="see above; `make nano` goes on")
+    """Every stage, those of `BESIDE` in a process beside another."""
     for stage in STAGES:
+        if beside := BESIDE.get(stage):
+            run_beside(beside, stage, work, seed, ranks)
+        elif not any(stage in others for others in BESIDE.values()):
+            run_stage(stage, work, seed, ranks)
+
+
+def run_beside(beside: Sequence[str], stage: str, work: Path, seed: int, ranks: int) -> None:
+    """A stage, and others in a process of their own.
+
+    Raises:
+        DataError: that process failed.
+    """
+    process = subprocess.Popen(_command(work, seed, *beside))
+    try:
         run_stage(stage, work, seed, ranks)
+    finally:
+        code = process.wait()
+    if code:
+        raise DataError(f"{' or '.join(beside)} failed", where=str(work), fix="see above; `make nano` goes on")
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""The stages of `make nano`: done once, by one process at a time, encoders beside the VAE."""
+"""The stages of `make nano`: done once, by one process at a time, some beside others."""
 
 import subprocess
 import sys
@@ -23,44 +23,46 @@ def worked(monkeypatch):
     return done
 
 
-class Encoders:
-    """In place of the process beside: what it was asked for, and how it ends."""
+class Beside:
+    """In place of the processes beside: what they were asked for, and how they end."""
 
-    def __init__(self, code):
-        self.code, self.command = code, None
+    def __init__(self, work):
+        self.work, self.code, self.asked = work, 0, []
 
     def __call__(self, command):
-        self.command = command
+        assert command[1:3] == ["-m", "data_tools.nano"]
+        assert command[-4:] == ["--work", str(self.work), "--seed", "3"]
+        self.asked.append(command[3:-4])
         return self
 
     def wait(self):
-        for stage in nano.ENCODERS:
+        for stage in self.asked[-1]:
             (self.work / f".{stage}.done").touch()
         return self.code
 
 
 @pytest.fixture
-def encoders(monkeypatch, tmp_path):
-    beside = Encoders(0)
-    beside.work = tmp_path
-    monkeypatch.setattr(subprocess, "Popen", beside)
-    return beside
+def beside(monkeypatch, tmp_path):
+    processes = Beside(tmp_path)
+    monkeypatch.setattr(subprocess, "Popen", processes)
+    return processes
 
 
-def test_every_stage_is_done_once_and_in_order(worked, encoders, tmp_path):
+def test_every_stage_is_done_once_and_in_order(worked, beside, tmp_path):
     nano.run_all(tmp_path, 3, ranks=2)
     packs = [f"pack {name}" for name in nano.CLIPS]
     assert worked == ["vae", "arch", "arch", *packs, *nano.LEGS, "decoder", "bundle"]
-    assert encoders.command[1:] == ["-m", "data_tools.nano", "text", "vision", "--work", str(tmp_path), "--seed", "3"]
+    assert beside.asked == [["text", "vision"], ["polish"]]
+    assert {path.name for path in tmp_path.glob(".*.done")} == {f".{stage}.done" for stage in nano.STAGES}
     once = [*worked]
     nano.run_all(tmp_path, 3, ranks=2)
     assert worked == once
 
 
-def test_a_failed_encoder_ends_it_before_anything_needs_it(worked, encoders, tmp_path):
-    encoders.code = 1
-    with pytest.raises(DataError, match="training the encoders failed"):
-        nano.run_all(tmp_path, 0, ranks=2)
+def test_a_failed_process_beside_ends_it_before_anything_needs_it(worked, beside, tmp_path):
+    beside.code = 1
+    with pytest.raises(DataError, match="text or vision failed"):
+        nano.run_all(tmp_path, 3, ranks=2)
     assert worked == ["vae"]
 
 
