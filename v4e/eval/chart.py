@@ -109,7 +109,8 @@ def _panel(
     if panel.level:
         y = top + axes.y(panel.level[1])
         _dashes(pen, (left, y), (left + FINE * WIDTH, y), FAINT, FINE)
-        pen.text((left + FINE * (WIDTH - 4), y - FINE), panel.level[0], FAINT, font(FINE * 13), anchor="rb")
+        # On the left, for curves of rising counts draw near each other on the right.
+        pen.text((left + FINE * 4, y - FINE), panel.level[0], FAINT, font(FINE * 13), anchor="lb")
     for curve in panel.curves:
         _curve(pen, corner, axes, curve)
 
