@@ -9,15 +9,16 @@
 #   --frames 81            the teacher's clip                      --fewer "49 25" shorter ones to compare with
 #   --steps 100            of the training                         -n RANKS        of it (one a GPU)
 #   --rolling "steps=50"   settings of v4e-shards rollout          --dtype fp32    of the comparisons, or bf16
+#   --tolerance 0          of the comparisons, as a share of the largest value: what is taken for rounding
 #   --original-student FOLDER, --original-teacher FOLDER           the same models in their authors' format
 # Each stage goes on where it stopped and ends with a code other than 0 where something means stop; so does the script.
 set -euo pipefail
 
-usage() { sed -n '2,15s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+usage() { sed -n '2,16s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 die() { echo "first_day.sh: $1" >&2; exit 2; }
 
 teacher="" student="" config="" edits="" out="" stages=1-10 dry="" height=480 width=832 frames=81 fewer="49 25" steps=100
-ranks=() gpus=() rolling=() dtype=fp32 original_student="" original_teacher=""
+ranks=() gpus=() rolling=() dtype=fp32 tolerance=0 original_student="" original_teacher=""
 while [[ $# -gt 0 ]]; do
   case "$1" in
     --dry-run) dry=1; shift; continue ;;
@@ -38,6 +39,7 @@ while [[ $# -gt 0 ]]; do
     --rolling) read -ra rolling <<< "$2" ;;
     -n) ranks=(-n "$2") gpus=(--gpus "$2") ;;
     --dtype) dtype="$2" ;;
+    --tolerance) tolerance="$2" ;;
     --original-student) original_student="$2" ;;
     --original-teacher) original_teacher="$2" ;;
     -*) usage ;;
@@ -53,7 +55,8 @@ from="${BASH_REMATCH[1]}" to="${BASH_REMATCH[3]:-${BASH_REMATCH[1]}}"
 
 go() { if [[ -n "$dry" ]]; then printf '%q ' "$@"; echo; else "$@"; fi; }
 fidelity() {  # MODEL ORIGINAL
-  go python -m data_tools.fidelity "$1" --original "$2" --height "$height" --width "$width" --dtype "$dtype"
+  go python -m data_tools.fidelity "$1" --original "$2" --height "$height" --width "$width" --dtype "$dtype" \
+    --tolerance "$tolerance"
 }
 roll() {  # FRAMES
   go launch/rollout.sh "${ranks[@]}" "$out/edits" "$out/shards-$1" --teacher "$teacher" "teacher_frames=$1" "${rolling[@]}"
@@ -80,8 +83,9 @@ titles=("" "what this machine lacks" "the student runs as in diffusers" "the tea
   "the teacher at $frames frames" "the teacher at fewer frames: $fewer" "what the training needs" "$steps steps" "its curves"
   "the student as a folder")
 log_every=$(( steps > 20 ? steps / 20 : 1 ))
+warmup=$(( steps / 10 ))  # a config's own is for a long run, and so few steps would never reach its rate
 places=("teacher=$teacher" "student=$student" "loop.data=$out/shards-$frames" "loop.output=$out/train" "loop.steps=$steps"
-  "loop.log_every=$log_every")
+  "loop.log_every=$log_every" "loop.schedule.warmup=$warmup")
 for (( number = from; number <= to && number < ${#titles[@]}; number++ )); do
   echo "== $number. ${titles[$number]}"
   "stage_$number" "$@"

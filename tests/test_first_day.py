@@ -40,9 +40,9 @@ def test_a_dry_run_prints_every_command_in_order():
     done = first_day(*said(NEEDED), "-n", "8", "--fewer", "49", "--rolling", "steps=50 seed=1", "--dry-run", "a.b=1")
     assert done.returncode == 0, done.stderr
     lines = [shlex.split(line) for line in done.stdout.splitlines() if not line.startswith("==")]
-    fidelity_words = ["--original", "", "--height", "480", "--width", "832", "--dtype", "fp32"]
+    fidelity_words = ["--original", "", "--height", "480", "--width", "832", "--dtype", "fp32", "--tolerance", "0"]
     places = ["teacher=T", "student=S", "loop.data=runs/first/shards-81", "loop.output=runs/first/train"]
-    places += ["loop.steps=100", "loop.log_every=5", "a.b=1"]
+    places += ["loop.steps=100", "loop.log_every=5", "loop.schedule.warmup=10", "a.b=1"]
 
     def rolled(frames: int) -> list[list[str]]:
         folder = f"runs/first/shards-{frames}"
@@ -125,6 +125,9 @@ def test_another_forward_is_told_with_its_difference(trial, monkeypatch):
     found = fidelity.block_loop(trial("i2v"))
     assert not found.same and found.told.startswith("off by up to 0.25, of values up to ")
     assert str(found).startswith("DIFFERS block loop")
+    largest = float(found.told.split()[-1])
+    assert fidelity.block_loop(trial("i2v", tolerance=0.26 / largest)).same
+    assert not fidelity.block_loop(trial("i2v", tolerance=0.24 / largest)).same
 
 
 # ------------------------------------------------------------------------------------------------------ curves

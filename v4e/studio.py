@@ -169,7 +169,7 @@ def settle(pipeline: EditPipeline, device: str, memory: Memory) -> None:
 
 
 def weights_hash(backbone: WanBackbone) -> str:
-    """A few numbers of every weight, hashed: no two trainings agree in it, and 28 GB need not be read for it."""
+    """A few numbers of every weight, hashed: no two trainings agree in it, and 33 GB need not be read for it."""
     some = [f"{name} {weight.flatten()[:4].tolist()}" for name, weight in backbone.named_parameters()]
     return hash_of("\n".join(some).encode())[:12]
 

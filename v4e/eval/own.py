@@ -195,7 +195,7 @@ def output_of(subject: Subject, steps: int, seed: int, case: Known, source: Clip
 def fingerprint(folder: Path) -> str:
     """Sixteen hex digits of a folder's files: names, sizes, and a megabyte at both ends of each.
 
-    No two trainings agree in it, and 28 GB need not be read for it.
+    No two trainings agree in it, and 33 GB need not be read for it.
     """
     digest = hashlib.blake2b(digest_size=8)
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix != ".md"):
