@@ -3,8 +3,8 @@
 Three looks, each at the weights that are at hand: every tensor comes back the same through the authors' own names; the
 block loop makes of a random state what diffusers' forward makes; a whole run of the pipeline ends at the latents of the
 stock pipeline with the same seed. What is not equal to the bit is told with its largest difference, and code 1 ends it.
-One thread of a CPU makes all equal; several may add in another order, and so may a GPU's kernels: `--tolerance` says how
-large a difference is taken for that, as a share of the largest value. A tensor that differs never is.
+One thread of a CPU makes all equal; several may add in another order, and so may a GPU's kernels: `--tolerance` says
+how large a difference is taken for that, as a share of the largest value. A tensor that differs never is.
 """
 
 import argparse
