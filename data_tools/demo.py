@@ -11,7 +11,6 @@ import json
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
@@ -23,12 +22,13 @@ import torch
 
 from data_tools import evolve, ingest, verify, world
 from data_tools.rollout import NO_TEACHER, TYPES, RolloutConfig, content_hash, rollout
+from data_tools.stopwatch import Stopwatch
 from v4e import config as settings_of
 from v4e.data.disk import agree, read_bytes, to_json, writable, write_atomically
-from v4e.errors import CheckpointError, TrainingError
+from v4e.errors import CheckpointError, ConfigError, TrainingError
 from v4e.eval import report, run, sheet
-from v4e.eval.report import Bar, Key, Report
-from v4e.eval.run import Case, Method, Result
+from v4e.eval.report import Bar, Key, Outcome, Report
+from v4e.eval.run import Case, Method, Result, Row
 from v4e.journal import progress
 from v4e.models.codec import WanCodec
 from v4e.nouns import Clip
@@ -37,6 +37,9 @@ from v4e.pipelines import EditPipeline, TeacherPipeline
 ASSETS = Path(__file__).parents[1] / "v4e" / "assets"
 LOCAL = ("add", "remove", "replace", "recolour", "move")
 SHEET_FRAMES = 5  # of the teacher's clip
+# dB of a decoded frame against its picture: of the world's edits, wan-nano's codec leaves 16 at least, in sketches, and
+# another picture is at 12 or so.
+LEAST_DECODED = 15.0
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ class DemoConfig:
         compute_ratio: the sft_equal_compute row trains for this many times the student's steps. It is fixed, so that
             the run is reproducible, and chosen so that its seconds match those of roll-out and distillation together;
             the report shows both.
-        ranks: processes of a training.
+        ranks: processes of a training; where there are fewer GPUs, one for each.
         seed: of the triplets, the roll-outs and the trainings.
         seeds: sampling seeds of the evaluation.
         step_counts: solver steps to evaluate; ``headline``: the one that the bars are about.
@@ -135,10 +138,12 @@ class Done:
     headline: str
 
 
-def main(path: str | None, overrides: Sequence[str]) -> int:
-    """Run the demo; what is done already is not done again."""
+def main(path: str | None, overrides: Sequence[str], draw: int | None = None) -> int:
+    """Run the demo; what is done already is not done again. With ``draw``, judge a finished one again."""
     demo = settings_of.load(path, overrides, lambda _: DemoConfig, recipe="demo")
     torch.set_num_threads(1)  # the demo's parallelism is processes; small tensors lose by threads
+    if draw:
+        return judge_again(demo.root, draw)
     walk(demo)
     print(closing(demo))
     return 0
@@ -175,10 +180,37 @@ def recompute(edits: Path) -> int:
     return 1 if changed else 0
 
 
+def judge_again(folder: Path, draw: int) -> int:
+    """Every method of a finished demo at the headline's steps, on held-out edits of another draw.
+
+    The demo's own draw is what settings are chosen by; one that nobody has looked at says what that choice was worth.
+
+    Raises:
+        ConfigError: the folder holds no demo.
+    """
+    demo = replace(_read_demo(folder), output=str(folder))
+    again, place = replace(demo, step_counts=(demo.headline,)), folder / f"draw-{draw}"
+    results = run.evaluate(cases(again, draw), methods(again), judge, place / "edits", again.batch, again.ranks)
+    rows = run.aggregate(results)
+    note = f"The models of {folder}, on held-out edits of draw {draw}; {demo.per_task} of each task."
+    made = Report(tuple(rows), world.TASKS, _outcomes(demo, rows), demo.headline, notes=(note,))
+    report.write(made, place)
+    print("\n\n".join([report.overview(made), report.task_table(made), report.bar_table(made.outcomes)]))
+    print(f"\n{_passed(made)}\nreport    {place / 'report.md'}")
+    return 0
+
+
+def _read_demo(folder: Path) -> DemoConfig:
+    if not (folder / "demo.json").is_file():
+        raise ConfigError("this is no folder of a demo", where=str(folder), fix="name one that `v4e demo` has finished")
+    said = json.loads(read_bytes(folder / "demo.json"))
+    words = [f"{key}={json.dumps(value)}" for key, value in said.items()]
+    return settings_of.load(None, words, lambda _: DemoConfig, recipe="demo")
+
+
 def closing(demo: DemoConfig) -> str:
     """The last words: the tables, and where the pictures are."""
     made = _report(demo)
-    passed = sum(outcome.passed for outcome in made.outcomes)
     student = demo.root / "student"
     return "\n".join(
         [
@@ -189,7 +221,7 @@ def closing(demo: DemoConfig) -> str:
             "",
             report.bar_table(made.outcomes),
             "",
-            f"{passed} of {len(made.outcomes)} bars pass; {sum((made.seconds or {}).values()) / 60:.1f} minutes in all",
+            f"{_passed(made)}; {sum((made.seconds or {}).values()) / 60:.1f} minutes in all",
             f"pictures  {demo.root / 'sheet.png'}, every edit in {demo.root / 'edits'}",
             f"report    {demo.root / 'report.md'}",
             f'try it    v4e edit PHOTO "make it snow" --model {student} -o out.png --steps {demo.headline}',
@@ -205,15 +237,15 @@ def _walk_stage(demo: DemoConfig, stage: Stage, number: int) -> None:
 
 
 def once(marker: Path, title: str, work: Callable[[], str]) -> None:
-    """Do what was not done before; the marker, written last, holds seconds and headline."""
+    """Do what was not done before; the marker, written last, holds the seconds of all attempts and the headline."""
     if marker.is_file():
         print(f"{title}: {read_done(marker).headline} (done before)", flush=True)
         return
     print(f"{title} ...", flush=True)
-    start = time.perf_counter()
-    headline = work()
-    done = Done(time.perf_counter() - start, headline)
-    write_atomically(marker, to_json(asdict(done)))
+    with Stopwatch(marker.with_suffix(".spent")) as watch:
+        headline = work()
+        done = Done(watch.seconds(), headline)
+        write_atomically(marker, to_json(asdict(done)))
     print(f"{title}: {headline} ({done.seconds:.0f} s)", flush=True)
 
 
@@ -275,7 +307,8 @@ def _words(config: object) -> list[str]:
 def check_shards(demo: DemoConfig) -> str:
     """Read every byte again; a fault ends the demo."""
     codec = WanCodec.load(demo.teacher)
-    found = verify.verify(demo.root / "shards", codec=codec, watch=partial(progress, title="verify"))
+    watch = partial(progress, title="verify")
+    found = verify.verify(demo.root / "shards", codec=codec, least_psnr=LEAST_DECODED, watch=watch)
     if found.problems:
         raise TrainingError("; ".join(found.lines()), where=str(demo.root / "shards"), fix="delete it and run again")
     return next(iter(found.lines()))
@@ -311,7 +344,7 @@ def write_report(demo: DemoConfig) -> str:
     made = _report(demo)
     draw_sheet(demo)
     report.write(made, demo.root)
-    return f"{sum(o.passed for o in made.outcomes)} of {len(made.outcomes)} bars pass"
+    return _passed(made)
 
 
 STAGES = (
@@ -338,13 +371,19 @@ def train(demo: DemoConfig, config: str, output: Path, steps: int, words: Sequen
     """
     shards = [f"loop.data={demo.root / 'shards'}", f"loop.validation={demo.root / 'validation' / 'shards'}"]
     own = [f"loop.output={output}", f"loop.steps={steps}", f"loop.seed={demo.seed}"]
-    command = [*launcher(demo.ranks), "train", config, *shards, *own, *words, *demo.train]
+    ranks = ranks_here(demo.ranks)
+    command = [*launcher(ranks), "train", config, *shards, *own, *words, *demo.train]
     print(f"$ {' '.join(command)}", flush=True)
     if code := subprocess.run(command, check=False, stdin=subprocess.DEVNULL).returncode:
         raise TrainingError(
             f"the training ended with exit code {code}", where=str(output), fix="see above; the same command goes on"
         )
-    return f"{steps} steps on {demo.ranks} ranks"
+    return f"{steps} steps on {ranks} rank{'s' * (ranks > 1)}"
+
+
+def ranks_here(wanted: int) -> int:
+    """Each rank has a GPU to itself, where there are any."""
+    return min(wanted, torch.cuda.device_count()) if torch.cuda.is_available() else wanted
 
 
 def launcher(ranks: int) -> list[str]:
@@ -377,10 +416,14 @@ def _loop_of(path: str) -> settings_of.Loop:
 # ---------------------------------------------------------------------------------------------- evaluation
 
 
-def cases(demo: DemoConfig) -> list[Case]:
-    """Held-out edits, the same number of every task; photographs and combinations that no training saw."""
-    numbers = range(demo.per_task)
-    return [_case(_draw(_seed_of(demo, "test"), t, n, demo.size), demo) for t in world.TASKS for n in numbers]
+def cases(demo: DemoConfig, draw: int = 0) -> list[Case]:
+    """Held-out edits, the same number of every task; photographs and combinations that no training saw.
+
+    Args:
+        draw: 0 for the demo's own, 1 to 7 for others.
+    """
+    numbers, seed = range(demo.per_task), _seed_of(demo, "test") + draw
+    return [_case(_draw(seed, task, n, demo.size), demo) for task in world.TASKS for n in numbers]
 
 
 def methods(demo: DemoConfig) -> list[Method]:
@@ -561,9 +604,17 @@ def _sheet_row(edits: Path, teacher: Result, few: Result, many: Result) -> sheet
 
 def _report(demo: DemoConfig) -> Report:
     rows = run.aggregate(run.read_results(demo.root / "edits"))
-    outcomes = report.hold([*bars(demo.headline), *teacher_bars(demo.teacher_steps)], rows)
     seconds = {stage.name: read_done(m).seconds for stage in STAGES if (m := _marker(demo, stage)).is_file()}
-    return Report(tuple(rows), world.TASKS, outcomes, demo.headline, seconds, _notes(demo, seconds), ("sheet.png",))
+    notes = _notes(demo, seconds)
+    return Report(tuple(rows), world.TASKS, _outcomes(demo, rows), demo.headline, seconds, notes, ("sheet.png",))
+
+
+def _outcomes(demo: DemoConfig, rows: Sequence[Row]) -> tuple[Outcome, ...]:
+    return report.hold([*bars(demo.headline), *teacher_bars(demo.teacher_steps)], rows)
+
+
+def _passed(made: Report) -> str:
+    return f"{sum(outcome.passed for outcome in made.outcomes)} of {len(made.outcomes)} bars pass"
 
 
 def _notes(demo: DemoConfig, seconds: dict[str, float]) -> tuple[str, ...]:

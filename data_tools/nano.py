@@ -22,7 +22,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,8 +35,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from data_tools import world
-from data_tools.demo import launcher
+from data_tools.demo import launcher, ranks_here
 from data_tools.rollout import TOOL, Evolving, pack_clips
+from data_tools.stopwatch import Stopwatch
 from v4e import flow
 from v4e.data.collate import stack, student_conditions
 from v4e.data.disk import lock
@@ -688,7 +688,7 @@ def train_leg(work: Path, name: str, ranks: int) -> None:
     """Pre-train a DiT with `v4e train`, on ``ranks`` processes of one thread each, and export it."""
     leg = LEGS[name]
     places = [f"init={work / leg.init}", f"loop.data={work / f'shards-{leg.clips}'}", f"loop.output={work / name}"]
-    subprocess.run([*launcher(ranks), "train", f"configs/nano/{leg.config}.yaml", *places], check=True)
+    subprocess.run([*launcher(ranks_here(ranks)), "train", f"configs/nano/{leg.config}.yaml", *places], check=True)
     export_run(work / name, work / "models" / name, base=str(work / "arch" / leg.model))
     sampled_as(work / "arch" / leg.model, work / "models" / name)
 
@@ -843,11 +843,13 @@ def run_stage(stage: str, work: Path, seed: int, ranks: int) -> None:
     work.mkdir(parents=True, exist_ok=True)
     with lock(work / f".{stage}.lock"):
         if not marker.exists():
-            _do(stage, work, seed, ranks, marker)
+            with Stopwatch(work / f".{stage}.spent") as watch:
+                _do(stage, work, seed, ranks)
+                marker.write_text(f"{watch.seconds():.0f} s\n")
+            print(f"{stage}: {marker.read_text().strip()}", flush=True)
 
 
-def _do(stage: str, work: Path, seed: int, ranks: int, marker: Path) -> None:
-    start = time.perf_counter()
+def _do(stage: str, work: Path, seed: int, ranks: int) -> None:
     match stage:
         case "vae":
             train_vae(work, seed)
@@ -869,8 +871,6 @@ def _do(stage: str, work: Path, seed: int, ranks: int, marker: Path) -> None:
             bundle(work, BUNDLE)
         case leg:
             train_leg(work, leg, ranks)
-    marker.write_text(f"{time.perf_counter() - start:.0f} s\n")
-    print(f"{stage}: {marker.read_text().strip()}", flush=True)
 
 
 def run_all(work: Path, seed: int, ranks: int) -> None:

@@ -58,6 +58,19 @@ def test_defaults_alone():
     assert config.load(None, [], lambda name: Knobs, recipe="knobs") == Knobs()
 
 
+@dataclass(frozen=True)
+class Road:
+    """Settings that have a `recipe` of their own."""
+
+    recipe: str = "configs/a.yaml"
+
+
+def test_a_recipe_that_is_a_setting_is_kept(tmp_path):
+    path = tmp_path / "road.yaml"
+    path.write_text("recipe: configs/b.yaml\n")
+    assert config.load(path, [], lambda _: Road, recipe="road") == Road("configs/b.yaml")
+
+
 def test_words_reach_every_kind_of_knob(tmp_path):
     words = ("fresh=true", "steps=[1,2,4]", "mode=last", "optim.lr=1e-4", "loop.wandb.mode=disabled")
     made = load("", tmp_path, *words)

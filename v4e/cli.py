@@ -66,7 +66,7 @@ def demo(args: argparse.Namespace) -> int:
     """The whole road on this machine."""
     from data_tools import demo as road
 
-    return road.main(args.config, args.overrides)
+    return road.main(args.config, args.overrides, args.draw)
 
 
 def ablate(args: argparse.Namespace) -> int:
@@ -174,6 +174,8 @@ def doctor(args: argparse.Namespace) -> int:
 def _add_demo(verbs) -> None:
     verb = verbs.add_parser("demo", help="the whole road with wan-nano, in about ten minutes on two CPU cores")
     verb.add_argument("--config", help="YAML file with the settings of data_tools/demo.py")
+    draws = "judge the finished demo in output= again, on held-out edits of another draw, 1 to 7"
+    verb.add_argument("--draw", type=int, choices=range(1, 8), metavar="N", help=draws)
     _add_overrides(verb, "triplets=64 output=runs/small")
     verb.set_defaults(run=demo)
 

@@ -174,12 +174,11 @@ def load(
     """
     where = str(path or "defaults")
     tree = _read(Path(path)) if path else OmegaConf.create({})
-    name = recipe or tree.get("recipe")
+    name = recipe or tree.pop("recipe", None)
     if not name:
         raise ConfigError(
             "the config does not say which recipe it is for", where=where, fix="add a line `recipe: video4edit`"
         )
-    tree.pop("recipe", None)
     return build(pick(str(name)), tree, overrides, where)
 
 

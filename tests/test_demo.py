@@ -1,0 +1,201 @@
+"""The demo: its thresholds are those the project asks for, a stage is done once, a small one goes the whole road."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data_tools import demo, world
+from data_tools.demo import DemoConfig
+from v4e.errors import ConfigError
+from v4e.eval.report import Key
+
+ROOT = Path(__file__).parents[1]
+SMALL = ("triplets=16", "per_task=1", "validation=2", "steps=2", "compute_ratio=1.5", "ranks=1", "seeds=2")
+SMALL += ("step_counts=[1,4]", "teacher_steps=2", "train=[loop.batch=4,loop.micro_batch=4]", "rollout.batch=8")
+
+
+# ------------------------------------------------------------------------------------------------- thresholds
+
+
+def test_the_bars_are_those_that_the_project_asks():
+    """By task: dB over copy where it is edited, and the share that the oracle accepts."""
+    asked = {
+        "recolour": (8.0, 0.85),
+        "add": (5.0, 0.85),
+        "remove": (4.5, 0.85),
+        "replace": (2.5, 0.6),
+        "move": (2.5, 0.6),
+        "background": (5.0, 0.6),
+        "grayscale": (8.0, None),
+        "sepia": (8.0, None),
+        "night": (8.0, None),
+        "snow": (8.0, None),
+        "sketch": (6.0, None),
+        "style": (None, 0.85),
+    }
+    made = demo.bars(4)
+    students = [bar for bar in made if bar.row.method == "student"]
+    assert {bar.row.steps for bar in students} == {4}
+    gains = {bar.row.group: bar for bar in students if bar.metric == "edit_psnr" and not bar.beyond_spread}
+    shares = {bar.row.group: bar for bar in students if bar.metric == "success" and not bar.beyond_spread}
+    assert {task: bar.low for task, bar in gains.items()} == {task: db for task, (db, _) in asked.items() if db}
+    assert all(bar.over == Key("copy", 0, task) for task, bar in gains.items())
+    assert {task: bar.low for task, bar in shares.items()} == {
+        task: share for task, (_, share) in asked.items() if share
+    }
+    (keep,) = (bar for bar in students if bar.metric == "keep_psnr")
+    assert (keep.row.group, keep.low) == ("local", 26.0)
+    (sharp,) = (bar for bar in students if bar.metric == "sharpness")
+    assert (sharp.low, sharp.high) == (0.8, 1.2)
+    led = {(bar.over.method, bar.metric) for bar in students if bar.beyond_spread and bar.over}
+    rivals = ("init", "sft_equal_steps", "sft_equal_compute")
+    assert led == {(rival, metric) for rival in rivals for metric in ("edit_psnr", "success")}
+    others = [(b.metric, b.low, b.over) for b in [*made, *demo.teacher_bars(8)] if b.row.method != "student"]
+    vae = Key("vae", 0)
+    assert others == [
+        ("psnr", 28.0, None),
+        ("psnr", -1.0, vae),
+        ("middle_psnr", -1.0, vae),
+        ("psnr", 25.0, None),
+        ("middle_psnr", 25.0, None),
+    ]
+
+
+def test_draws_share_no_edit_with_training_or_each_other():
+    road = DemoConfig(per_task=3)
+    draws = [[case.id for case in demo.cases(road, draw)] for draw in (0, 1, 7)]
+    assert [len({*ids}) for ids in draws] == [3 * len(world.TASKS)] * 3
+    seeds = {key.split("-")[1] for ids in draws for key in ids}
+    assert seeds == {"2", "3", "9"} and all(key.startswith("heldout-") for ids in draws for key in ids)
+    assert {demo._seed_of(road, purpose) for purpose in ("triplets", "validation")} == {0, 1}
+
+
+# ----------------------------------------------------------------------------------------------------- stages
+
+
+def test_a_stage_is_done_once_and_charged_for_every_attempt(tmp_path, capsys):
+    marker, calls = tmp_path / "rollout.json", []
+
+    def work() -> str:
+        calls.append(1)
+        if len(calls) == 1:
+            raise RuntimeError("killed")
+        return "made"
+
+    with pytest.raises(RuntimeError):
+        demo.once(marker, "rollout", work)
+    marker.with_suffix(".spent").write_text("70.0")  # what the first attempt took
+    demo.once(marker, "rollout", work)
+    demo.once(marker, "rollout", work)
+    assert len(calls) == 2
+    assert demo.read_done(marker).seconds == pytest.approx(70, abs=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["rollout.json"]
+    assert capsys.readouterr().out.splitlines()[-1] == "rollout: made (done before)"
+
+
+@pytest.mark.parametrize(("gpus", "ranks"), [(None, 2), (1, 1), (2, 2), (8, 2)])
+def test_no_more_ranks_than_gpus(monkeypatch, gpus, ranks):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus is not None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus or 0)
+    assert demo.ranks_here(2) == ranks
+
+
+def test_a_folder_without_a_demo_is_named(tmp_path):
+    with pytest.raises(ConfigError, match="no folder of a demo"):
+        demo.judge_again(tmp_path, 1)
+
+
+# ------------------------------------------------------------------------------------------------ the whole road
+
+
+def started(*words: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "v4e.cli", "demo", *words]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipes)
+
+
+def finished(*words: str) -> str:
+    process = started(*words)
+    said, _ = process.communicate(timeout=900)
+    assert process.returncode == 0, said
+    return said
+
+
+@pytest.fixture(scope="module")
+def walked(tmp_path_factory) -> tuple[Path, str]:
+    """A small demo, killed while it distils and started again: its folder, and what it said the second time."""
+    folder = tmp_path_factory.mktemp("demo") / "small"
+    process = started(f"output={folder}", *SMALL)
+    assert process.stdout
+    for line in process.stdout:
+        if line.startswith("[5/10] distill"):
+            os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    return folder, finished(f"output={folder}", *SMALL)
+
+
+def picture(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path).convert("RGB")).astype(float)
+
+
+def test_a_killed_demo_goes_on_and_ends_with_everything(walked):
+    folder, said = walked
+    stages = [stage.name for stage in demo.STAGES]
+    kept = [name for i, name in enumerate(stages, 1) if f"[{i}/10] {name}: " in said and i <= 4]
+    assert kept == stages[:4] and said.count("(done before)") == 4
+    assert "bars pass" in said and f"pictures  {folder / 'sheet.png'}" in said
+    assert (folder / "student/model_index.json").is_file()
+    report = json.loads((folder / "report.json").read_text())
+    assert {*report["seconds"]} == {*stages} - {"report"}
+    counts = {
+        method: {steps: row["overall"]["n"] for steps, row in rows.items()}
+        for method, rows in report["methods"].items()
+    }
+    twice = {"1": 2 * len(world.TASKS), "4": 2 * len(world.TASKS)}
+    once = len(world.TASKS)
+    students = dict.fromkeys(("init", "sft_equal_steps", "sft_equal_compute", "student"), twice)
+    assert counts == {"copy": {"0": once}, "vae": {"0": once}, "teacher": {"2": once}} | students
+    assert Image.open(folder / "sheet.png").height > 64 * len(world.TASKS)
+
+
+def test_its_copy_row_is_what_the_pictures_say(walked):
+    """PSNR by hand: 10 log10(255² / mean squared difference) over the mask, then the mean over the edits."""
+    folder, _ = walked
+    edits = folder / "edits"
+    lines = [json.loads(line) for line in (edits / "edits.jsonl").read_text().splitlines()]
+    decibels = []
+    for line in (line for line in lines if line["method"] == "copy"):
+        source, target, output = (picture(edits / line["files"][name]) for name in ("source", "target", "output"))
+        assert (source == output).all()
+        mask = np.asarray(Image.open(edits / line["files"]["mask"])) > 0
+        decibels.append(10 * np.log10(255**2 / ((source - target)[mask] ** 2).mean()))
+        assert line["metrics"]["edit_psnr"] == pytest.approx(decibels[-1], abs=1e-6)
+    report = json.loads((folder / "report.json").read_text())
+    assert report["methods"]["copy"]["0"]["overall"]["edit_psnr"] == pytest.approx(np.mean(decibels), abs=1e-3)
+    assert report["methods"]["copy"]["0"]["overall"]["success"] == 0
+
+
+def test_its_figures_can_be_computed_again(walked, capsys):
+    assert demo.recompute(walked[0] / "edits") == 0
+    assert ", 0 differ from " in capsys.readouterr().out
+
+
+def test_it_can_be_judged_again_on_other_edits(walked):
+    folder, _ = walked
+    said = finished(f"output={folder}", "--draw", "1")
+    report = json.loads((folder / "draw-1/report.json").read_text())
+    assert {*report["methods"]["student"]} == {"4"} and "bars pass" in said
+    keys = [
+        {json.loads(line)["id"] for line in (place / "edits/edits.jsonl").read_text().splitlines()}
+        for place in (folder, folder / "draw-1")
+    ]
+    assert len(keys[1]) == len(world.TASKS) and not keys[0] & keys[1]
+    assert demo.recompute(folder / "draw-1/edits") == 0
