@@ -1,13 +1,22 @@
-"""The stages of `make nano`: done once, by one process at a time, some beside others."""
+"""`make nano`: stages are done once, by one process at a time, some beside others; and what it ships."""
 
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from diffusers import WanImageToVideoPipeline
+from PIL import Image
+from safetensors.torch import load_file
 
-from data_tools import nano
+from data_tools import nano, world
 from v4e.data.disk import lock
 from v4e.errors import DataError
+from v4e.eval.metrics import psnr
+from v4e.nouns import Clip
+from v4e.pipelines import EditPipeline
 
 
 @pytest.fixture
@@ -78,3 +87,82 @@ def test_an_unknown_stage_is_named_with_the_others(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         nano.main()
     assert "no stage 'vae2'; there are vae, text, vision, arch" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------------ training
+
+
+class Net(torch.nn.Module):
+    """A kernel for Muon, a gain for Adam."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel = torch.nn.Parameter(torch.linspace(-1, 1, 16 * 12).view(16, 12).sin())
+        self.gain = torch.nn.Parameter(torch.ones(12))
+
+
+def stage(folder) -> nano.Stage:
+    net = Net()
+    return nano.Stage(folder, net, nano.muon_and_adam(net, 0.02, 1e-2), steps=4, save_every=2)
+
+
+def loss_of(net: Net, killed_at: int | None = None):
+    def loss(step: int) -> torch.Tensor:
+        if step == killed_at:
+            raise KeyboardInterrupt
+        x = torch.randn(8, 12, generator=torch.Generator().manual_seed(step))
+        return ((x * net.gain) @ net.kernel.T).square().mean()
+
+    return loss
+
+
+def test_a_stage_that_was_stopped_ends_as_if_it_had_not_been(tmp_path):
+    whole, begun = stage(tmp_path / "whole"), stage(tmp_path / "halves")
+    whole.run(loss_of(whole.module), "whole")
+    with pytest.raises(KeyboardInterrupt):
+        begun.run(loss_of(begun.module, killed_at=3), "halves")  # its third step is lost, the first two are kept
+    again = stage(tmp_path / "halves")
+    again.run(loss_of(again.module), "halves")
+    for ours, theirs in zip(again.module.parameters(), whole.module.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert not torch.equal(whole.module.kernel, Net().kernel) and not torch.equal(whole.module.gain, Net().gain)
+
+
+# ------------------------------------------------------------------------------------------------ what is shipped
+
+SHIPPED = ("teacher", "i2v", "student")
+NANO = Path(__file__).parents[1] / "v4e/assets/wan-nano"
+
+
+def test_the_bundle_is_small_and_in_bf16():
+    files = [path for path in NANO.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 40e6
+    weights = [path for path in files if path.suffix == ".safetensors"]
+    assert len(weights) == 4 * len(SHIPPED)  # transformer, vae, text_encoder, image_encoder
+    for path in weights:
+        assert {tensor.dtype for tensor in load_file(path).values()} == {torch.bfloat16}, path
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_stock_diffusers_runs_what_is_shipped(name):
+    edit = world.draw(7, 0, "heldout", size=64, task="night")
+    first, last = (Image.fromarray(image.transpose(1, 2, 0)) for image in (edit.source, edit.target))
+    stock = WanImageToVideoPipeline.from_pretrained(NANO / name)
+    ends = {"last_image": last} if name == "teacher" else {}
+    options = {"height": 64, "width": 64, "num_frames": nano.FRAMES.get(name, 5), "num_inference_steps": 2}
+    made = stock(first, edit.instruction, **ends, **options, guidance_scale=1.0, output_type="np").frames
+    assert made.shape == (1, options["num_frames"], 64, 64, 3) and np.isfinite(made).all()
+    assert 10 * np.log10(1 / ((made[0, 0] - edit.source.transpose(1, 2, 0) / 255) ** 2).mean()) > 20  # the first frame
+
+
+def test_the_shipped_student_edits():
+    """Held-out photographs of a draw that no report uses, one sampling seed: more is asked by `make student`."""
+    edits = [world.draw(8, i, "heldout", size=64, task=task) for i, task in enumerate(("night", "grayscale", "add"))]
+    student = EditPipeline.from_pretrained(NANO / "student")
+    sources = [Clip(torch.from_numpy(edit.source)[None]) for edit in edits]
+    made = student.edit_batch(sources, [edit.instruction for edit in edits], seeds=[0, 1, 2], steps=4, batch=3)
+    for edit, clip in zip(edits, made, strict=True):
+        output, target, mask = clip.frames_T3HW[-1], torch.from_numpy(edit.target), torch.from_numpy(edit.mask)
+        gain = psnr(output, target, mask) - psnr(torch.from_numpy(edit.source), target, mask)
+        assert gain > 5, edit.key
+        assert world.judge(edit, output.numpy()).success, edit.key
