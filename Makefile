@@ -1,8 +1,11 @@
 # Every target creates .venv when it is missing: make demo | student | test | test-slow | checks | nano | bench | ablate
-# On a machine without a GPU, TORCH_INDEX=https://download.pytorch.org/whl/cpu saves 2 GB of download.
 PYTHON ?= python3
-TORCH_INDEX ?=
 ARGS ?=
+# Where torch comes from; empty for PyPI, whose torch brings 2 GB of CUDA. A machine without a GPU takes the CPU build, if
+# its index can be reached.
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+IS_REACHED := $(PYTHON) -c 'import urllib.request as r; r.urlopen("$(CPU_INDEX)/torch/", timeout=5)' 2> /dev/null
+TORCH_INDEX ?= $(shell command -v nvidia-smi > /dev/null || { $(IS_REACHED) && echo $(CPU_INDEX); })
 
 VENV := .venv
 BIN := $(VENV)/bin

@@ -769,6 +769,14 @@ def pack_in_parallel(work: Path, seed: int, name: str, processes: int) -> None:
         raise DataError(f"packing {name}'s clips failed", where=str(work), fix="see above; `make nano` goes on")
 
 
+AFTER = """The models' cards are gone with the old models, and the student beside them comes from other ones. Next:
+
+    make student
+    make nano ARGS="--student runs/long"
+    make nano ARGS="--card runs/long/report.json"
+"""
+
+
 def bundle(work: Path, out: Path) -> None:
     """Copy both models to where the package ships them, every weight in bf16.
 
@@ -776,6 +784,7 @@ def bundle(work: Path, out: Path) -> None:
     """
     for name, leg in SHIPPED.items():
         ship(work / "models" / leg, out / name)
+    print(AFTER, flush=True)
 
 
 def ship(model: Path, out: Path) -> None:
@@ -796,16 +805,16 @@ library_name: diffusers
 (docs/nano.md) on procedural edit clips over photographs bundled with scikit-image and scikit-learn (docs/world.md).
 {parameters} parameters in the transformer, bf16. It exists so that v4e runs anywhere; nobody would print its edits.
 
-Figures, measured by `make student` on photographs and combinations that no training saw ({n} edits a row):
+Figures, measured by `make student` on photographs and combinations that no training saw:
 
-| row | solver steps | PSNR, dB | middle frames, dB | sharpness | oracle success |
-|---|---|---|---|---|---|
+| row | solver steps | edits | PSNR, dB | middle frames, dB | sharpness | oracle success |
+|---|---|---|---|---|---|---|
 {rows}
 """
 WHAT = {
     "teacher": "FLF2V: first and last frame in, a 9-frame clip out.",
     "i2v": "I2V: a source in, a 5-frame clip out. Pre-trained on evolution captions; it has seen no instruction.",
-    "student": "The editor: source and instruction in, the edit out in 4 steps. Distilled from i2v by `make student`.",
+    "student": "The editor: source and instruction in, the edit out in 4 steps. Distilled from i2v by `make student` (ZeRO stage 1).",
 }
 ROWS = {"teacher": ("vae", "teacher"), "i2v": ("vae", "init"), "student": ("vae", "init", "student")}
 
@@ -818,14 +827,14 @@ def write_cards(report: Path, out: Path, names: Sequence[str] = ("teacher", "i2v
         weights = load_file(out / name / "transformer" / "diffusion_pytorch_model.safetensors")
         parameters = f"{sum(w.numel() for w in weights.values()):,}"
         table = "\n".join(_card_line(*row) for row in rows)
-        text = CARD_TEXT.format(name=name, what=WHAT[name], parameters=parameters, n=rows[-1][2]["n"], rows=table)
+        text = CARD_TEXT.format(name=name, what=WHAT[name], parameters=parameters, rows=table)
         (out / name / "README.md").write_text(text)
 
 
 def _card_line(method: str, steps: str, figures: dict[str, float | None]) -> str:
     shown = (figures.get(name) for name in ("psnr", "middle_psnr", "sharpness", "success"))
     told = ["" if figure is None else f"{figure:.2f}" for figure in shown]
-    return f"| {method} | {steps if steps != '0' else ''} | {' | '.join(told)} |"
+    return f"| {method} | {steps if steps != '0' else ''} | {figures['n']} | {' | '.join(told)} |"
 
 
 STAGES = ("vae", "text", "vision", "arch", "polish", "pack", *LEGS, "decoder", "bundle")
