@@ -12,7 +12,7 @@ import stock_bars
 import stock_edit
 import torch
 from builders import shared_wan_folder
-from diffusers import UniPCMultistepScheduler, WanImageToVideoPipeline, WanTransformer3DModel
+from diffusers import ChronoEditPipeline, UniPCMultistepScheduler, WanImageToVideoPipeline, WanTransformer3DModel
 from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_wan_lora_to_diffusers
 from huggingface_hub import ModelCard
 from PIL import Image
@@ -73,6 +73,36 @@ def test_an_export_is_the_averaged_weights_in_stock_diffusers(tmp_path):
     assert pipe.scheduler.config.flow_shift == 5.0
     ours = pipe(image, "snow", seed=4, steps=3, guidance=1.0, frames=5, return_frames=True)
     assert torch.equal(ours.frames_T3HW, edit_of_stock(out, image))
+
+
+def test_frames_that_stand_apart_are_exported_for_chronoedit(tmp_path):
+    run = a_run(tmp_path / "run", temporal_skip="3")
+    out = export_run(run, tmp_path / "student", dtype=torch.float32)
+    index = json.loads((out / "model_index.json").read_text())
+    assert index["_class_name"] == "ChronoEditPipeline" and "transformer_2" not in index
+    assert index["transformer"] == ["diffusers", "ChronoEditTransformer3DModel"]
+    assert "from diffusers import ChronoEditPipeline" in (out / "README.md").read_text()
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
+    stock = ChronoEditPipeline.from_pretrained(out)
+    stock.set_progress_bar_config(disable=True)
+    theirs = stock(
+        image, "snow", height=32, width=32, num_inference_steps=3, guidance_scale=1.0,
+        generator=torch.Generator().manual_seed(4),
+    ).frames[0]  # fmt: skip
+    ours = EditPipeline.from_pretrained(out, attention="native")
+    made = ours(image, "snow", seed=4, steps=3, guidance=1.0, return_frames=True).frames_T3HW
+    assert torch.equal(made, torch.from_numpy((theirs * 255).round().astype(np.uint8)).movedim(-1, 1))
+    near = EditPipeline.from_pretrained(export_run(a_run(tmp_path / "near"), tmp_path / "stock", dtype=torch.float32))
+    assert not torch.equal(made, near(image, "snow", seed=4, steps=3, guidance=1.0, return_frames=True).frames_T3HW)
+    ours.save_pretrained(tmp_path / "saved")
+    assert json.loads((tmp_path / "saved/model_index.json").read_text())["_class_name"] == "ChronoEditPipeline"
+
+
+@pytest.mark.parametrize("form", ["lora", "original"])
+def test_a_form_that_cannot_say_that_frames_stand_apart_is_refused(tmp_path, form):
+    with pytest.raises(ConfigError, match=f"stand apart .*which {form} cannot say"):
+        export_run(a_run(tmp_path / "run", temporal_skip="3"), tmp_path / "student", form=form)
+    assert not (tmp_path / "student").exists()
 
 
 def test_the_last_weights_are_taken_where_no_averages_were_kept(tmp_path):

@@ -375,6 +375,18 @@ def test_the_prior_is_cast_only_for_guidance():
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+@pytest.mark.parametrize("make", [video4edit, flow_matching])
+def test_frames_stand_apart_in_the_student_and_its_prior(make):
+    recipe = make(temporal_skip=3, **({"guidance": 2.0} if make is video4edit else {}))
+    built = {p.name: p.build() for p in recipe.players()}
+    apart = {name: getattr(model.rope, "temporal_skip_len", 0) for name, model in built.items()}
+    assert apart == ({"student": 3, "teacher": 0, "prior": 3} if make is video4edit else {"student": 3})
+    recipe.batch(samples(), [1.0] * 3)
+    longer = [replace(s, encoded=replace(s.encoded, clip_Cthw=s.encoded.clip_Cthw[:, :1])) for s in samples()]
+    with pytest.raises(ConfigError, match="the clips have 1 latent frames, and two alone can stand apart"):
+        recipe.batch(longer, [1.0] * 3)
+
+
 def test_the_handover_moves_weight_from_velocity_to_trajectory():
     terms = Terms(velocity=2.0, trajectory=0.5, tail=0.3, block=0.2, flow=0.7, handover=(0.2, 0.6))
     recipe = video4edit(terms=terms)

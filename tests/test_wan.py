@@ -8,7 +8,7 @@ import pytest
 import torch
 from builders import TEXT_WIDTH, VISION_TOKENS, VISION_WIDTH, WAN, C, shared_wan_folder, wan_folder
 from deepspeed.utils import safe_get_full_grad
-from diffusers import WanImageToVideoPipeline, WanTransformer3DModel
+from diffusers import ChronoEditTransformer3DModel, WanImageToVideoPipeline, WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -357,3 +357,52 @@ def damaged(tmp_path, change):
 def test_the_saved_pipeline_is_stock():
     pipeline = WanImageToVideoPipeline.from_pretrained(shared_wan_folder("flf2v"))
     assert type(pipeline.transformer) is WanTransformer3DModel
+
+
+# ---------------------------------------------------------------------------------------------- frames that stand apart
+
+
+def apart(temporal_skip: int) -> WanBackbone:
+    """The tiny I2V, its two latent frames taken for the ends of a longer clip."""
+    build, weights = declare(shared_wan_folder("i2v"), attention="native", temporal_skip=temporal_skip)
+    model = build()
+    model.load_state_dict({name: t for name, t in weights() if not name.startswith("rope.")})
+    return model
+
+
+def two_frames(B=2):
+    grid, c = Grid(5, 32, 48), conditions("i2v", B)
+    x, known = (state(B, seed)[:, :, : grid.t] for seed in (0, 2))
+    return x, replace(c, known_BCthw=known, known_mask_B4thw=known_mask_4thw(grid, False).expand(B, -1, -1, -1, -1))
+
+
+def test_frames_that_stand_apart_have_the_ends_positions_of_the_longer_clip():
+    x, _ = two_frames()
+    stock = apart(2).rope  # 0 and 1, as stock
+    long = [table.unflatten(1, (3, -1)) for table in stock(torch.zeros(1, 36, 3, *x.shape[3:]))]
+    for skip, frames in ((2, [0, 1]), (3, [0, 2])):
+        found = apart(skip).rope(x)
+        assert all(torch.equal(f, t[:, frames].flatten(1, 2)) for f, t in zip(found, long, strict=True))
+
+
+@torch.no_grad()
+def test_frames_that_stand_apart_are_diffusers_chronoedit(tmp_path):
+    ours, (x, c) = apart(3), two_frames()
+    v = ours(x, SIGMAS[:2], c)[0]
+    ours.save_stock(tmp_path / "transformer")
+    stock = ChronoEditTransformer3DModel.from_pretrained(tmp_path / "transformer")
+    assert stock.config["rope_temporal_skip_len"] == 3
+    assert torch.equal(v, stock_forward(stock, x, SIGMAS[:2], c))
+    again = load_backbone(tmp_path, attention="native")
+    torch.testing.assert_close(again(x, SIGMAS[:2], c)[0], v)
+    near = models("i2v")[0]
+    torch.testing.assert_close(near(x, SIGMAS[:2], c)[0], apart(2)(x, SIGMAS[:2], c)[0])
+    assert (near(x, SIGMAS[:2], c)[0] - v).abs().max() > 1e-3
+    longer, told = state(2), conditions("i2v", 2)  # three latent frames stand where they always did
+    torch.testing.assert_close(near(longer, SIGMAS[:2], told)[0], ours(longer, SIGMAS[:2], told)[0])
+
+
+@pytest.mark.parametrize("temporal_skip", [1, 65, -3])
+def test_positions_that_do_not_exist_are_refused(temporal_skip):
+    with pytest.raises(ConfigError, match="have no two ends among the model's 64 positions"):
+        declare(shared_wan_folder("i2v"), temporal_skip=temporal_skip)

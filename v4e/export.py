@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers import UniPCMultistepScheduler, WanImageToVideoPipeline, WanTransformer3DModel
+from diffusers import ChronoEditPipeline, UniPCMultistepScheduler, WanTransformer3DModel
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 from PIL import Image
@@ -29,7 +29,7 @@ from v4e.errors import CheckpointError, ConfigError
 from v4e.models.folder import check, locate
 from v4e.models.lora import adapted, added, in_authors_words, in_diffusers_words
 from v4e.models.original import NOT_IN_DIFFUSERS, POSITIONS, save_original
-from v4e.models.wan import Kind, WanBackbone, declare
+from v4e.models.wan import SKIP, Kind, WanBackbone, declare
 from v4e.nouns import Clip
 from v4e.pipelines import (
     CARD,
@@ -40,6 +40,7 @@ from v4e.pipelines import (
     as_clip,
     few_step_scheduler,
     name_stock_classes,
+    stock_class,
 )
 from v4e.provenance import COMFYUI, README, Form, Provenance, shard_sets
 
@@ -97,6 +98,11 @@ class Trained:
             )
         average = kept if weights is None else weights == "average"
         return Trained(run, player, base, average, settings, state["step"], state.get("data", ""))
+
+    @property
+    def temporal_skip(self) -> int:
+        """See :meth:`WanBackbone.stand_apart`; 0 where the base's positions were kept."""
+        return int(self.settings.get("temporal_skip", 0))
 
     @property
     def scale(self) -> float:
@@ -197,6 +203,7 @@ def export_run(
     source, write = locate(trained.base, ["*"]), _WRITERS[form]
     with _appearing(Path(out)) as folder:
         making = _begin(trained, source, folder, form, dtype, shard_size)
+        _refuse_positions(making, form)
         write(making)
         if weights == "both":
             _add_averages(making)
@@ -216,6 +223,14 @@ def _begin(
     kind: Kind = "flf2v" if POSITIONS in state else "i2v"
     size = shard_size or WHOLE.get(form, "")
     return _Making(trained, source, folder, kind, trained.card(Card.read(source)), dtype, state, size)
+
+
+def _refuse_positions(making: _Making, form: Form) -> None:
+    """ConfigError where a form would leave behind that the two latent frames stand apart."""
+    if form != "diffusers" and _declared(making).config.get(SKIP):
+        raise ConfigError(
+            f"the model's frames stand apart (temporal_skip), which {form} cannot say", fix="export --form diffusers"
+        )
 
 
 def _stored(tensors: Mapping[str, Tensor], dtype: torch.dtype, where: Path) -> dict[str, Tensor]:
@@ -241,7 +256,8 @@ def _told(trained: Trained, weights: Weights | None) -> str:
 def _readme(making: _Making, name: str, form: Form, weights: str, base_model: str, report: Path | None) -> str:
     run, sharded = making.trained, any(making.folder.glob("*.index.json"))
     about = Provenance(name, run.folder, run.base, base_model, weights, run.steps, run.data, run.settings, report)
-    return about.readme(form, making.card, making.kind == "flf2v", sharded)
+    pipeline = stock_class(_declared(making).config).__name__
+    return about.readme(form, making.card, making.kind == "flf2v", sharded, pipeline)
 
 
 # --------------------------------------------------------------------------------------------------- folder
@@ -276,14 +292,14 @@ def _settle(folder: Path) -> None:
         flush(path)
 
 
-def _copy_parts(source: Path, folder: Path) -> None:
-    """The base's encoders and VAE, as they are, and its index with stock names."""
+def _copy_parts(source: Path, folder: Path, config: Mapping[str, Any]) -> None:
+    """The base's encoders and VAE, as they are, and its index with the stock names of a transformer's config."""
     with writable(folder):
         shutil.copy(_index_of(source), folder)
         for part in json.loads((folder / MODEL_INDEX).read_text()):
             if (source / part).is_dir() and part not in OWN:
                 shutil.copytree(source / part, folder / part)
-    name_stock_classes(folder)
+    name_stock_classes(folder, config)
 
 
 def _index_of(source: Path) -> Path:
@@ -301,7 +317,7 @@ def _declared(making: _Making) -> WanBackbone:
         CheckpointError: the weights are not of the base's architecture.
     """
     with torch.device("meta"):
-        model = declare(making.source, kind=making.kind, attention="native").build()
+        model = _backbone(making)
     wanted, found = dict(model.named_parameters()), {name: t.shape for name, t in making.state.items()}
     check({name: p.shape for name, p in wanted.items()}, found, "the run's weights")
     return model
@@ -323,7 +339,7 @@ def _write_scheduler(making: _Making) -> None:
 def _write_diffusers(making: _Making) -> None:
     """A whole pipeline."""
     folder, model = making.folder, _declared(making)
-    _copy_parts(making.source, folder)
+    _copy_parts(making.source, folder, model.config)
     _write_scheduler(making)
     with writable(folder):
         model.save_stock(folder / "transformer", state=making.state, max_shard_size=making.shard_size)
@@ -451,9 +467,14 @@ def _probes() -> tuple[Image.Image, Image.Image]:
     return picture, picture.transpose(Image.Transpose.ROTATE_90)
 
 
+def _backbone(making: _Making) -> WanBackbone:
+    skip = making.trained.temporal_skip
+    return declare(making.source, kind=making.kind, attention="native", temporal_skip=skip).build()
+
+
 def _in_memory(making: _Making, state: Mapping[str, Tensor]) -> WanBackbone:
     """The weights as they are here, in fp32, never read back from a folder."""
-    model = declare(making.source, kind=making.kind, attention="native").build()
+    model = _backbone(making)
     model.load_state_dict({name: t.float() for name, t in state.items()}, strict=False)  # tables are computed
     return model.requires_grad_(False).eval()
 
@@ -474,7 +495,7 @@ def our_frames(making: _Making, state: Mapping[str, Tensor], parts: Path) -> Cli
 def _stock(making: _Making, parts: Path, **options: Any) -> Any:
     """Stock diffusers' pipeline of a folder, with the export's solver."""
     with _loading(parts):
-        pipeline: Any = WanImageToVideoPipeline.from_pretrained(parts, dtype=torch.float32, **options)
+        pipeline: Any = stock_class(_declared(making).config).from_pretrained(parts, dtype=torch.float32, **options)
         if making.kind == "i2v" and parts != making.folder:  # whose own is to be loaded as it is
             pipeline.scheduler = UniPCMultistepScheduler.from_pretrained(making.folder, subfolder="scheduler")
     pipeline.set_progress_bar_config(disable=True)
@@ -483,13 +504,13 @@ def _stock(making: _Making, parts: Path, **options: Any) -> Any:
 
 def _stock_frames(pipeline: Any, kind: Kind) -> Clip:
     first, last = _probes()
+    clip: dict[str, Any] = {"num_frames": PROBE_FRAMES, "last_image": last if kind == "flf2v" else None}
     made = pipeline(
         image=first,
-        last_image=last if kind == "flf2v" else None,
+        **({} if isinstance(pipeline, ChronoEditPipeline) else clip),  # which makes clips of five frames alone
         prompt="make it snow",
         height=PROBE_PX,
         width=PROBE_PX,
-        num_frames=PROBE_FRAMES,
         num_inference_steps=PROBE_STEPS,
         guidance_scale=1.0,
         generator=torch.Generator().manual_seed(0),

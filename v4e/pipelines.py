@@ -4,16 +4,17 @@ Both are stock ``WanImageToVideoPipeline`` folders with a Backbone for a transfo
 and what they save, diffusers loads. Unlike the stock pipeline they take batches of *different* images.
 """
 
+import inspect
 import itertools
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack
 
 import torch
-from diffusers import ContextParallelConfig, UniPCMultistepScheduler, WanImageToVideoPipeline
+from diffusers import ChronoEditPipeline, ContextParallelConfig, UniPCMultistepScheduler, WanImageToVideoPipeline
 from diffusers.pipelines.wan.pipeline_wan_i2v import prompt_clean
 from PIL import Image, ImageOps
 from torch import Tensor
@@ -25,7 +26,7 @@ from v4e.errors import CheckpointError, ConfigError, DataError
 from v4e.models.attention import Attention
 from v4e.models.codec import WanCodec
 from v4e.models.folder import locate
-from v4e.models.wan import WanBackbone, load_backbone
+from v4e.models.wan import SKIP, WanBackbone, load_backbone
 from v4e.nouns import TEXT_TOKENS, Clip, Conditions, Grid
 from v4e.verbs import Backbone
 
@@ -33,7 +34,6 @@ CARD = "v4e.json"
 MODEL_INDEX = "model_index.json"
 CODEC_PARTS = ("vae", "text_encoder", "tokenizer", "image_encoder", "image_processor")
 MOST_SQUEEZED = 4.0  # a photograph's shape against the nearest trained one; beyond, little of it would be left
-STOCK_TRANSFORMER = ["diffusers", "WanTransformer3DModel"]
 Solver = Literal["unipc", "euler"]
 
 log = logging.getLogger(__name__)
@@ -303,7 +303,7 @@ class WanPipeline(WanImageToVideoPipeline):
         parts: dict[str, Any] = self.components | {"transformer": None}
         WanImageToVideoPipeline(**parts).save_pretrained(folder)
         self.backbone.save_stock(Path(folder) / "transformer", dtype)
-        name_stock_classes(Path(folder))
+        name_stock_classes(Path(folder), self.backbone.config)
         self.card.write(Path(folder))
 
     @property
@@ -348,11 +348,19 @@ class WanPipeline(WanImageToVideoPipeline):
         return noise_of(seeds, self.vae.config.z_dim, grid.t, grid.h, grid.w).to(self._execution_device)
 
 
-def name_stock_classes(folder: Path) -> None:
+def stock_class(config: Mapping[str, Any]) -> type[WanImageToVideoPipeline] | type[ChronoEditPipeline]:
+    """Diffusers' pipeline for a transformer of this config."""
+    return ChronoEditPipeline if config.get(SKIP) else WanImageToVideoPipeline
+
+
+def name_stock_classes(folder: Path, config: Mapping[str, Any]) -> None:
     """Make ``model_index.json`` name the stock pipeline and transformer, which the folder holds."""
-    path = folder / MODEL_INDEX
-    index = json.loads(path.read_text()) | {"transformer": STOCK_TRANSFORMER}
-    path.write_text(json.dumps(index | {"_class_name": "WanImageToVideoPipeline"}, indent=2) + "\n")
+    path, pipeline = folder / MODEL_INDEX, stock_class(config)
+    parts = inspect.signature(pipeline.__init__).parameters
+    index = {k: v for k, v in json.loads(path.read_text()).items() if k.startswith("_") or k in parts}
+    transformer = "ChronoEditTransformer3DModel" if config.get(SKIP) else "WanTransformer3DModel"
+    index |= {"_class_name": pipeline.__name__, "transformer": ["diffusers", transformer]}
+    path.write_text(json.dumps(index, indent=2) + "\n")
 
 
 class Asked(TypedDict, total=False):

@@ -57,12 +57,15 @@ class Provenance:
     settings: Mapping[str, str]
     report: Path | None = None
 
-    def readme(self, form: Form, card: Card, sees_both_ends: bool, sharded: bool) -> str:
+    def readme(
+        self, form: Form, card: Card, sees_both_ends: bool, sharded: bool, pipeline: str = "WanImageToVideoPipeline"
+    ) -> str:
         """The whole text.
 
         Args:
             sees_both_ends: FLF2V rather than I2V.
             sharded: the weights lie in several files.
+            pipeline: diffusers' class of it.
 
         Raises:
             DataError: the report named is none.
@@ -72,7 +75,7 @@ class Provenance:
             f"---\n{self._front_matter(form, sees_both_ends)}\n---",
             f"# {self.name}",
             f"{_HOLDS[form]} that {what}, trained with v4e {__version__} from `{self.base}` ({self.weights} weights).",
-            *([] if sees_both_ends or (sharded and form == "original") else _usage(form, card, self.base)),
+            *([] if sees_both_ends or (sharded and form == "original") else _usage(form, card, self.base, pipeline)),
             "## Trained from",
             _table(("what", "name", "identity"), self._sources()),
             f"{self.steps} steps of {self.settings.get('loop.batch', '?')} samples.",
@@ -206,8 +209,8 @@ _HOLDS = {
 }
 _LOADING = {
     "diffusers": [
-        "from diffusers import WanImageToVideoPipeline",
-        'pipe = WanImageToVideoPipeline.from_pretrained("THIS_FOLDER")',
+        "from diffusers import {pipeline}",
+        'pipe = {pipeline}.from_pretrained("THIS_FOLDER")',
     ],
     "lora": [
         "from diffusers import UniPCMultistepScheduler, WanImageToVideoPipeline",
@@ -229,13 +232,13 @@ _COMFYUI = {
 }
 
 
-def _usage(form: Form, card: Card, base: str) -> list[str]:
+def _usage(form: Form, card: Card, base: str, pipeline: str) -> list[str]:
     height, width = card.sizes[0]
     asking = [
         f'frames = pipe(image, "make it snow", height={height}, width={width}, num_frames={card.frames},',
         f"              num_inference_steps={card.steps}, guidance_scale={card.guidance}).frames[0]",
     ]
-    loading = [line.format(base=base) for line in _LOADING[form]]
+    loading = [line.format(base=base, pipeline=pipeline) for line in _LOADING[form]]
     code = "\n".join(["```python", *loading, *asking, "```"])
     ours = f'```\nv4e edit PHOTO "make it snow" --model THIS_FOLDER -o out.png --steps {card.steps}\n```'
     solver = f"sampler `euler`, {card.steps} steps, cfg {card.guidance:g}, shift {card.shift:g} (`ModelSamplingSD3`)"

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar
 
 import torch
-from diffusers import WanTransformer3DModel
+from diffusers import ChronoEditTransformer3DModel, WanTransformer3DModel
+from diffusers.models.transformers.transformer_chronoedit import ChronoEditRotaryPosEmbed
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 from torch import Tensor, nn
 
@@ -25,8 +26,10 @@ from v4e.models.recompute import recomputed
 from v4e.nouns import TEXT_TOKENS, Conditions, pad_words
 
 Kind = Literal["i2v", "flf2v"]
-Wan = TypeVar("Wan", bound=WanTransformer3DModel)
+Stock = WanTransformer3DModel | ChronoEditTransformer3DModel
+Wan = TypeVar("Wan", bound=Stock)
 TABLES = ("freqs_cos", "freqs_sin")
+SKIP = "rope_temporal_skip_len"  # in the config of diffusers' ChronoEdit: a Wan whose two latent frames stand apart
 
 
 class WanBackbone(WanTransformer3DModel):
@@ -175,6 +178,17 @@ class WanBackbone(WanTransformer3DModel):
         """Whether one pad stands for all; see :mod:`v4e.models.attention`. Set by :meth:`set_attention`."""
         return self._fold_text_padding
 
+    def stand_apart(self, temporal_skip: int) -> "WanBackbone":
+        """Two latent frames are taken for the ends of a clip of so many, as ChronoEdit does; returns self.
+
+        Clips of other lengths keep the positions 0, 1, ...
+        """
+        c = self.config
+        size = c["attention_head_dim"], c["patch_size"], c["rope_max_seq_len"]
+        self.rope = ChronoEditRotaryPosEmbed(*size, temporal_skip_len=temporal_skip)
+        self.register_to_config(**{SKIP: temporal_skip})
+        return self
+
     def set_attention(self, backend: Attention = "auto", fold_text_padding: bool = False) -> "WanBackbone":
         """Choose how attention is computed; returns self.
 
@@ -203,7 +217,8 @@ class WanBackbone(WanTransformer3DModel):
         state: Mapping[str, Tensor] | None = None,
         variant: str | None = None,
     ) -> None:
-        """Write a folder that plain diffusers loads as ``WanTransformer3DModel``.
+        """Write a folder that plain diffusers loads as ``WanTransformer3DModel``, or as ChronoEdit's where frames
+        stand apart.
 
         Args:
             folder: the component's folder, such as ``export/transformer``.
@@ -238,6 +253,7 @@ def declare(
     fold_text_padding: bool = False,
     checkpointing: Checkpointing = False,
     vision_tokens: int | None = None,
+    temporal_skip: int = 0,
 ) -> Declared:
     """Declare a Wan of a folder, file or Hub repository; nothing is built, and only its config is read, until asked.
 
@@ -249,12 +265,15 @@ def declare(
         fresh_seed: keep the architecture alone and draw new weights; see :func:`fresh`.
         attention, fold_text_padding, checkpointing: see :class:`WanBackbone`.
         vision_tokens: tokens of one image, where positions are added; None asks the source's image encoder.
+        temporal_skip: see :meth:`WanBackbone.stand_apart`; 0 leaves the source's own positions.
 
     Raises:
+        ConfigError: there are no such positions.
         CheckpointError: the folder, its config or weights are missing, damaged or of another model.
     """
     stored = _find(source, subfolder)
     config = _config_as(stored.config, kind, vision_tokens or _vision_tokens(stored.home))
+    config = _apart(config, temporal_skip) if temporal_skip else config
     if fresh_seed is not None:
         return fresh(
             config, fresh_seed, attention=attention, fold_text_padding=fold_text_padding, checkpointing=checkpointing
@@ -281,12 +300,22 @@ def fresh(
     def weights() -> Iterator[tuple[str, Tensor]]:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = _construct(WanTransformer3DModel, config)
+            model = _construct(_stock_class(config), config)
             _initialise(model)
         yield from ((name, p.detach()) for name, p in model.named_parameters())
         yield from _tables(config)
 
     return Declared(_builder(config, attention, fold_text_padding, checkpointing), weights)
+
+
+def refuse_lost_skip(temporal_skip: int, frames: int) -> None:
+    """ConfigError where a clip has not the two latent frames that would stand apart."""
+    if temporal_skip and frames != 2:
+        raise ConfigError(
+            f"the clips have {frames} latent frames, and two alone can stand apart",
+            where="key temporal_skip",
+            fix="set it to 0, or roll out with student_frames=5",
+        )
 
 
 def load_backbone(
@@ -316,7 +345,10 @@ def _builder(
     config: Mapping[str, object], backend: Attention, fold: bool, checkpointing: Checkpointing
 ) -> Callable[[], WanBackbone]:
     def build() -> WanBackbone:
-        model = _construct(WanBackbone, config).set_attention(backend, fold)
+        own = {key: value for key, value in config.items() if key != SKIP}
+        model = _construct(WanBackbone, own).set_attention(backend, fold)
+        if skip := config.get(SKIP):
+            model.stand_apart(int(str(skip)))
         model.gradient_checkpointing, model.selective = bool(checkpointing), checkpointing == "selective"
         return model
 
@@ -370,6 +402,17 @@ def _config_as(config: dict[str, object], kind: Kind | None, vision_tokens: int)
     return config | {"pos_embed_seq_len": 2 * vision_tokens if kind == "flf2v" else None}
 
 
+def _apart(config: dict[str, object], temporal_skip: int) -> dict[str, object]:
+    most = _skeleton(config).config["rope_max_seq_len"]
+    if not 2 <= temporal_skip <= most:
+        raise ConfigError(
+            f"{temporal_skip} latent frames have no two ends among the model's {most} positions",
+            where="key temporal_skip",
+            fix="give the latent frames of the teacher's clip, 21 for 81 frames, or 0",
+        )
+    return config | {SKIP: temporal_skip}
+
+
 def _vision_tokens(home: Path) -> int:
     """Tokens of one image: patches and a class token, as the source's image encoder makes them; Wan's 257 else."""
     try:
@@ -394,10 +437,14 @@ def _construct(cls: type[Wan], config: Mapping[str, object]) -> Wan:
     return model
 
 
-def _skeleton(config: Mapping[str, object]) -> WanTransformer3DModel:
+def _stock_class(config: Mapping[str, object]) -> type[Stock]:
+    return ChronoEditTransformer3DModel if config.get(SKIP) else WanTransformer3DModel
+
+
+def _skeleton(config: Mapping[str, object]) -> Stock:
     """The stock model without memory: names, shapes and the complete config."""
     with torch.device("meta"):
-        return _construct(WanTransformer3DModel, config)
+        return _construct(_stock_class(config), config)
 
 
 def _shapes(config: Mapping[str, object]) -> dict[str, torch.Size]:
@@ -422,7 +469,7 @@ def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
 
 
 @torch.no_grad()
-def _initialise(model: WanTransformer3DModel) -> None:
+def _initialise(model: Stock) -> None:
     """Wan's own initialisation (Wan2.1 ``wan/modules/model.py``, ``init_weights``)."""
     for module in model.modules():
         if isinstance(module, nn.Linear):

@@ -28,6 +28,7 @@ class FlowMatching:
         shift: noise levels are drawn as ``levels`` says, then shifted by this.
         edit_boost: extra weight of places that change (losses.region_weight); 0 is plain flow matching.
         drop_text: share of samples that see the empty prompt, for guidance.
+        temporal_skip: see :class:`v4e.recipes.video4edit.Video4Edit`.
     """
 
     init: str = ""
@@ -38,6 +39,7 @@ class FlowMatching:
     levels: Levels = field(default_factory=Levels)
     edit_boost: float = 0.0
     drop_text: float = 0.1
+    temporal_skip: int = 0
     attention: wan.Attention = "auto"
     fold_text_padding: bool = False
     zero_stage: Literal[0, 1, 2, 3] = 3
@@ -57,11 +59,14 @@ class FlowMatching:
             attention=self.attention,
             fold_text_padding=self.fold_text_padding,
             checkpointing=self.loop.checkpointing,
+            temporal_skip=self.temporal_skip,
         )
         return [Player("student", build, weights, trains=True, optim=self.optim, zero_stage=self.zero_stage)]
 
     def batch(self, samples: Sequence[Sample], weights: Sequence[float]) -> EditBatch:
-        return collate(samples, weights, text=self.text, first_and_last=self.conditioned_on == "first_and_last")
+        batch = collate(samples, weights, text=self.text, first_and_last=self.conditioned_on == "first_and_last")
+        wan.refuse_lost_skip(self.temporal_skip, batch.clip_BCthw.shape[2])
+        return batch
 
     def turns(self, step: int) -> Sequence[str]:
         return ("student",)

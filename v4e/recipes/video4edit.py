@@ -82,6 +82,8 @@ class Video4Edit:
         guidance: scale of the guidance that is distilled; 1 for none. More adds a frozen player, the ``prior``: the
             student's starting weights, told the evolution prompt and the empty one.
         terms: weights and their schedule.
+        temporal_skip: latent frames of the clip whose ends the student's two frames are taken for, as ChronoEdit does:
+            the teacher's, 21 for 81 frames. 0 keeps stock Wan's positions, 0 and 1.
     """
 
     teacher: str = ""
@@ -99,6 +101,7 @@ class Video4Edit:
     own_every: int = 0
     guidance: float = 1.0
     terms: Terms = field(default_factory=Terms)
+    temporal_skip: int = 0
     attention: wan.Attention = "auto"
     fold_text_padding: bool = False
     zero_stage: Literal[0, 1, 2, 3] = 3
@@ -119,6 +122,7 @@ class Video4Edit:
         batch = collate(samples, weights, rollout=True)
         assert batch.rollout is not None
         self._refuse_unfit(batch.rollout)
+        wan.refuse_lost_skip(self.temporal_skip, batch.clip_BCthw.shape[2])
         return batch
 
     def turns(self, step: int) -> Sequence[str]:
@@ -195,6 +199,7 @@ class Video4Edit:
             attention=self.attention,
             fold_text_padding=self.fold_text_padding,
             checkpointing=self.loop.checkpointing,
+            temporal_skip=self.temporal_skip if kind == "i2v" else 0,
         )
 
     def _point(self, batch: EditBatch, rollout: RolloutBatch, draw: Draw) -> Point:
