@@ -615,7 +615,7 @@ LEGS = {
     "i2v-4": Leg("continue_i2v", "i2v-4", "models/i2v-3"),
     "i2v-5": Leg("continue_i2v", "i2v-5", "models/i2v-4"),
 }
-SHIPPED = {"teacher": "teacher-2", "i2v": "i2v-5"}
+SHIPPED, GUESSING = {"teacher": "teacher-2", "i2v": "i2v-5"}, "i2v-4"
 
 
 def assemble(work: Path, name: str, out: Path) -> Path:
@@ -736,11 +736,13 @@ class Estimates:
 
 
 def train_on_estimates(work: Path, seed: int) -> None:
-    """The decoder of both models goes on, in turns on true latents and on what the finished I2V takes them for."""
-    vae = load_vae(work / "polish" / "folder")
-    i2v, last = work / "models" / SHIPPED["i2v"], LEGS[SHIPPED["i2v"]].clips
-    model = EditPipeline.from_pretrained(i2v, dtype=torch.bfloat16, attention="matmul").backbone
-    estimates = Estimates(model, vae.config, ShardSet.open(work / f"shards-{last}"), CLIPS[last], seed)
+    """The decoder of both models goes on, in turns on true latents and on what an I2V takes them for.
+
+    That of the last leg but one, so that this may happen beside the last.
+    """
+    vae, leg = load_vae(work / "polish" / "folder"), LEGS[GUESSING]
+    model = EditPipeline.from_pretrained(work / "models" / GUESSING, dtype=torch.bfloat16, attention="matmul").backbone
+    estimates = Estimates(model, vae.config, ShardSet.open(work / f"shards-{leg.clips}"), CLIPS[leg.clips], seed)
 
     def loss_of(step: int) -> Tensor:
         if step % 2 == 0:
@@ -751,8 +753,7 @@ def train_on_estimates(work: Path, seed: int) -> None:
         return detail_loss(y.float(), frames, sharp=0.03)
 
     train_decoder(work / "decoder", vae, ESTIMATE_STEPS, loss_of, lr=0.5)
-    for leg in SHIPPED.values():
-        vae.save_pretrained(work / "models" / leg / "vae")
+    vae.save_pretrained(work / "decoder" / "folder")
 
 
 def _command(work: Path, seed: int, *words: str) -> list[str]:
@@ -778,12 +779,14 @@ AFTER = """The models' cards are gone with the old models, and the student besid
 
 
 def bundle(work: Path, out: Path) -> None:
-    """Copy both models to where the package ships them, every weight in bf16.
+    """Copy both models to where the package ships them, with the finished decoder and every weight in bf16.
 
     The encoders' configs keep saying fp32, so that stock libraries compute in it.
     """
     for name, leg in SHIPPED.items():
-        ship(work / "models" / leg, out / name)
+        model = work / "models" / leg
+        shutil.copytree(work / "decoder" / "folder", model / "vae", dirs_exist_ok=True)
+        ship(model, out / name)
     print(AFTER, flush=True)
 
 
@@ -814,7 +817,7 @@ Figures, measured by `make student` on photographs and combinations that no trai
 WHAT = {
     "teacher": "FLF2V: first and last frame in, a 9-frame clip out.",
     "i2v": "I2V: a source in, a 5-frame clip out. Pre-trained on evolution captions; it has seen no instruction.",
-    "student": "The editor: source and instruction in, the edit out in 4 steps. Distilled from i2v by `make student` (ZeRO stage 1).",
+    "student": "The editor: source and instruction in, the edit out in 4 steps. Distilled from i2v: `make student`, ZeRO-1.",
 }
 ROWS = {"teacher": ("vae", "teacher"), "i2v": ("vae", "init"), "student": ("vae", "init", "student")}
 
@@ -839,7 +842,7 @@ def _card_line(method: str, steps: str, figures: dict[str, float | None]) -> str
 
 STAGES = ("vae", "text", "vision", "arch", "polish", "pack", *LEGS, "decoder", "bundle")
 # Stages that ask nothing of another run in a process beside it: one thread's work would leave the other cores idle.
-BESIDE = {"vae": ("text", "vision"), "pack": ("polish",)}
+BESIDE = {"vae": ("text", "vision"), "pack": ("polish",), "i2v-5": ("decoder",)}
 
 
 def run_stage(stage: str, work: Path, seed: int, ranks: int) -> None:

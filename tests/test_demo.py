@@ -5,15 +5,18 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from data_tools import demo, world
 from data_tools.demo import DemoConfig
+from v4e import journal
 from v4e.errors import ConfigError
 from v4e.eval.report import Key
 
@@ -199,3 +202,45 @@ def test_it_can_be_judged_again_on_other_edits(walked):
     ]
     assert len(keys[1]) == len(world.TASKS) and not keys[0] & keys[1]
     assert demo.recompute(folder / "draw-1/edits") == 0
+
+
+# ---------------------------------------------------------------------------------------------------- exactness
+
+
+def distilled(shards: Path, output: Path, kill_after: int | None = None) -> int:
+    """The demo's own training for four steps on two ranks; its exit code."""
+    words = [f"loop.data={shards}", f"loop.output={output}", "loop.steps=4", "loop.save_every=2", "loop.log_every=1"]
+    words += ["loop.batch=8", "loop.micro_batch=4", "loop.sheet_every=0", "loop.wandb.mode=disabled"]
+    command = [*demo.launcher(2), "train", "configs/nano/video4edit.yaml", *words]
+    with subprocess.Popen(command, cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL) as process:
+        sealed = output / f"checkpoints/step_{kill_after or 0:07d}/COMPLETE.json"
+        while kill_after and process.poll() is None:
+            if sealed.is_file():
+                os.killpg(process.pid, signal.SIGKILL)
+                break
+            time.sleep(0.01)
+        return process.wait()
+
+
+def test_four_steps_of_the_distillation_are_two_a_kill_and_two(walked, tmp_path):
+    """Frozen teacher and prior, Muon under ZeRO-3, own states, averages: to the bit."""
+    shards, whole, halves = walked[0] / "shards", tmp_path / "whole", tmp_path / "halves"
+    assert distilled(shards, whole) == 0
+    assert distilled(shards, halves, kill_after=2) != 0
+    assert not (halves / "checkpoints/step_0000004").exists()
+    assert distilled(shards, halves) == 0
+    told = [[line for line in journal.read(run) if "student/loss" in line] for run in (whole, halves)]
+    assert [line["step"] for line in told[0]] == [1, 2, 3, 4]
+    by_step = {line["step"]: line for line in told[1]}
+    for line in told[0]:
+        assert by_step[line["step"]]["student/loss"] == line["student/loss"]
+    stored = [sorted((run / "checkpoints/step_0000004").glob("*.safetensors")) for run in (whole, halves)]
+    stored = [
+        [*files, *sorted((run / "weights/student").glob("*.safetensors"))]
+        for files, run in zip(stored, (whole, halves), strict=True)
+    ]
+    assert [f.name for f in stored[0]] == [f.name for f in stored[1]] and len(stored[0]) >= 4
+    for one, other in zip(*stored, strict=True):
+        mine, theirs = load_file(one), load_file(other)
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(mine[k].view(torch.uint8), theirs[k].view(torch.uint8)) for k in mine), one
