@@ -817,7 +817,7 @@ Figures, measured by `make student` on photographs and combinations that no trai
 WHAT = {
     "teacher": "FLF2V: first and last frame in, a 9-frame clip out.",
     "i2v": "I2V: a source in, a 5-frame clip out. Pre-trained on evolution captions; it has seen no instruction.",
-    "student": "Source and instruction in, the edit out in 4 steps. Distilled from i2v by `make student`, at ZeRO stage 1.",
+    "student": "Source and instruction in, the edit out in 4 steps. Distilled by `make student`, at ZeRO stage 1.",
 }
 ROWS = {"teacher": ("vae", "teacher"), "i2v": ("vae", "init"), "student": ("vae", "init", "student")}
 
