@@ -46,7 +46,7 @@ ablate: $(READY)
 $(READY): constraints.txt constraints-app.txt setup.py
 	$(PYTHON) -c 'import sys; sys.exit("v4e needs Python 3.11 or newer: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(shell grep '^torch==' constraints.txt)
+	$(PIP) install $(addprefix --index-url=,$(TORCH_INDEX)) $(shell grep '^torch==' constraints.txt)
 	$(PIP) install -r constraints.txt
 	$(PIP) install --no-deps -r constraints-app.txt
 	$(PIP) install --no-deps --no-build-isolation -e .

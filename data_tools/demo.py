@@ -4,7 +4,7 @@
     -> sft_equal_steps -> sft_equal_compute -> evaluate -> report
 
 Every stage leaves ``stages/NAME.json`` with its seconds and headline, written last, so that an interrupted demo goes on
-where it stopped; training goes on inside its stage. Nothing here knows that the models are small.
+where it stopped; training goes on inside its stage.
 """
 
 import json
@@ -143,6 +143,7 @@ def main(path: str | None, overrides: Sequence[str], draw: int | None = None) ->
     demo = settings_of.load(path, overrides, lambda _: DemoConfig, recipe="demo")
     torch.set_num_threads(1)  # the demo's parallelism is processes; small tensors lose by threads
     if draw:
+        _refuse_words(path, overrides)
         return judge_again(demo.root, draw)
     walk(demo)
     print(closing(demo))
@@ -154,13 +155,14 @@ def walk(demo: DemoConfig) -> None:
 
     Raises:
         CheckpointError: the bundle is missing.
-        DataError: the output folder was begun with other settings, or the disk is full.
+        DataError: the output folder was begun with other settings or models, or the disk is full.
         TrainingError: a training ended badly.
     """
     check_bundle(demo)
     with writable(demo.root):
         (demo.root / "stages").mkdir(parents=True, exist_ok=True)
         agree(demo.root / "demo.json", asdict(demo))
+        agree(demo.root / "models.json", _models(demo))
         for number, stage in enumerate(STAGES, 1):
             _walk_stage(demo, stage, number)
 
@@ -169,6 +171,11 @@ def check_bundle(demo: DemoConfig) -> None:
     """CheckpointError when the models are missing."""
     if not (demo.teacher.is_dir() and demo.i2v.is_dir()):
         raise CheckpointError("no models `teacher` and `i2v`", where=demo.bundle, fix="train them with `make nano`")
+
+
+def _models(demo: DemoConfig) -> dict[str, str]:
+    """Hashes of the bundle's, which may change in their place (`make nano`)."""
+    return {"teacher": content_hash(str(demo.teacher)), "i2v": content_hash(str(demo.i2v))}
 
 
 def recompute(edits: Path) -> int:
@@ -186,9 +193,11 @@ def judge_again(folder: Path, draw: int) -> int:
     The demo's own draw is what settings are chosen by; one that nobody has looked at says what that choice was worth.
 
     Raises:
-        ConfigError: the folder holds no demo.
+        ConfigError: the folder holds no finished demo.
+        DataError: it was made with other models than its bundle holds now.
     """
     demo = replace(_read_demo(folder), output=str(folder))
+    agree(folder / "models.json", _models(demo))
     again, place = replace(demo, step_counts=(demo.headline,)), folder / f"draw-{draw}"
     results = run.evaluate(cases(again, draw), methods(again), judge, place / "edits", again.batch, again.ranks)
     rows = run.aggregate(results)
@@ -201,11 +210,16 @@ def judge_again(folder: Path, draw: int) -> int:
 
 
 def _read_demo(folder: Path) -> DemoConfig:
-    if not (folder / "demo.json").is_file():
-        raise ConfigError("this is no folder of a demo", where=str(folder), fix="name one that `v4e demo` has finished")
-    said = json.loads(read_bytes(folder / "demo.json"))
-    words = [f"{key}={json.dumps(value)}" for key, value in said.items()]
-    return settings_of.load(None, words, lambda _: DemoConfig, recipe="demo")
+    if not (folder / "report.json").is_file():
+        raise ConfigError("no demo has ended here", where=str(folder), fix="name a folder that `v4e demo` has finished")
+    place = folder / "demo.json"
+    return settings_of.of_dict(DemoConfig, json.loads(read_bytes(place)), str(place))
+
+
+def _refuse_words(path: str | None, overrides: Sequence[str]) -> None:
+    if path or (others := [word for word in overrides if not word.startswith("output=")]):
+        told = path or ", ".join(others)
+        raise ConfigError(f"{told}: a demo is judged again as it was set up", fix="name its output= alone, and --draw")
 
 
 def closing(demo: DemoConfig) -> str:

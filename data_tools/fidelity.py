@@ -2,9 +2,9 @@
 
 Three looks, each at the weights that are at hand: every tensor comes back the same through the authors' own names; the
 block loop makes of a random state what diffusers' forward makes; a whole run of the pipeline ends at the latents of the
-stock pipeline with the same seed. What is not equal to the bit is told with its largest difference, and code 1 ends it.
-One thread of a CPU makes all equal; several may add in another order, and so may a GPU's kernels: `--tolerance` says
-how large a difference is taken for that, as a share of the largest value. A tensor that differs never is.
+stock pipeline with the same seed. What is not equal to the bit is told with its largest difference, and code 1 ends it
+where that is above `--tolerance`, a share of the largest value. One thread of a CPU makes all equal; several may add in
+another order, and so may a GPU's kernels. A tensor that differs is never tolerated.
 """
 
 import argparse
@@ -61,11 +61,11 @@ class Finding:
     """What one look found."""
 
     name: str
-    same: bool
+    fits: bool
     told: str
 
     def __str__(self) -> str:
-        return f"{'ok' if self.same else 'DIFFERS':<8}{self.name}: {self.told}"
+        return f"{'ok' if self.fits else 'DIFFERS':<8}{self.name}: {self.told}"
 
 
 # ------------------------------------------------------------------------------------------------------- names
@@ -223,16 +223,16 @@ def main() -> int:
         device = torch.device(args.device)
         torch.set_num_threads(1)
         trial = Trial(args.model, args.original, grid, args.steps, TYPES[args.dtype], device, args.tolerance)
-        same = [_said(look(trial)) for look in LOOKS]
+        fits = [_said(look(trial)) for look in LOOKS]
     except V4EError as error:
         print(f"fidelity: {error}", file=sys.stderr)
         return error.exit_code
-    return 0 if all(same) else 1
+    return 0 if all(fits) else 1
 
 
 def _said(finding: Finding) -> bool:
     print(finding, flush=True)
-    return finding.same
+    return finding.fits
 
 
 if __name__ == "__main__":

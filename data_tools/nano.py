@@ -770,7 +770,8 @@ def pack_in_parallel(work: Path, seed: int, name: str, processes: int) -> None:
         raise DataError(f"packing {name}'s clips failed", where=str(work), fix="see above; `make nano` goes on")
 
 
-AFTER = """The models' cards are gone with the old models, and the student beside them comes from other ones. Next:
+AFTER = """The cards are gone with the old models, and the student beside the new ones was made from the old.
+Next, where no runs/long is left from them:
 
     make student
     make nano ARGS="--student runs/long"

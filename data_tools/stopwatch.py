@@ -1,7 +1,11 @@
-"""How long a stage took, over every attempt at it, those that were killed among them."""
+"""How long a stage took, over every attempt at it, those that were killed among them.
+
+Seconds are told to people. Where they cannot be kept, as on a full disk, the stage goes on and they are lost.
+"""
 
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from v4e.data.disk import write_atomically
@@ -18,7 +22,7 @@ class Stopwatch:
 
     def __init__(self, path: Path) -> None:
         self.path, self._stopped = path, threading.Event()
-        self._earlier = float(path.read_text()) if path.is_file() else 0.0
+        self._earlier = _read(path)
 
     def seconds(self) -> float:
         """Of this attempt and those before it."""
@@ -43,4 +47,13 @@ class Stopwatch:
             self._note()
 
     def _note(self) -> None:
-        write_atomically(self.path, f"{self.seconds():.3f}\n".encode(), durable=False)
+        with suppress(OSError):
+            write_atomically(self.path, f"{self.seconds():.3f}\n".encode(), durable=False)
+
+
+def _read(path: Path) -> float:
+    """0 where nothing is kept, or a power cut has left half of it."""
+    try:
+        return float(path.read_text())
+    except (OSError, ValueError):
+        return 0.0

@@ -11,10 +11,11 @@
 #   --rolling "steps=50"   settings of v4e-shards rollout          --dtype fp32    of the comparisons, or bf16
 #   --tolerance 0          of the comparisons, as a share of the largest value: what is taken for rounding
 #   --original-student FOLDER, --original-teacher FOLDER           the same models in their authors' format
-# Each stage goes on where it stopped and ends with a code other than 0 where something means stop; so does the script.
+# Edits, prompts, roll-outs and training go on where they stopped; other stages are done again. One that means stop ends
+# with a code other than 0, and so does the script.
 set -euo pipefail
 
-usage() { sed -n '2,16s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+usage() { sed -n '2,17s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 die() { echo "first_day.sh: $1" >&2; exit 2; }
 
 teacher="" student="" config="" edits="" out="" stages=1-10 dry="" height=480 width=832 frames=81 fewer="49 25" steps=100

@@ -17,12 +17,15 @@ from safetensors.torch import load_file
 from data_tools import demo, world
 from data_tools.demo import DemoConfig
 from v4e import journal
-from v4e.errors import ConfigError
+from v4e.errors import ConfigError, DataError
 from v4e.eval.report import Key
 
 ROOT = Path(__file__).parents[1]
 SMALL = ("triplets=16", "per_task=1", "validation=2", "steps=2", "compute_ratio=1.5", "ranks=1", "seeds=2")
 SMALL += ("step_counts=[1,4]", "teacher_steps=2", "train=[loop.batch=4,loop.micro_batch=4]", "rollout.batch=8")
+
+
+ON_CPU = os.environ | {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 
 
 # ------------------------------------------------------------------------------------------------- thresholds
@@ -112,8 +115,28 @@ def test_no_more_ranks_than_gpus(monkeypatch, gpus, ranks):
 
 
 def test_a_folder_without_a_demo_is_named(tmp_path):
-    with pytest.raises(ConfigError, match="no folder of a demo"):
+    with pytest.raises(ConfigError, match="no demo has ended here"):
         demo.judge_again(tmp_path, 1)
+
+
+@pytest.mark.parametrize(("path", "words"), [(None, ["output=a", "per_task=36"]), ("a.yaml", ["output=a"])])
+def test_a_demo_is_judged_again_as_it_was_set_up(path, words, tmp_path):
+    if path:
+        (tmp_path / path).write_text("per_task: 36\n")
+        path = str(tmp_path / path)
+    with pytest.raises(ConfigError, match=f"{path or 'per_task=36'}: a demo is judged again as it was set up"):
+        demo.main(path, words, draw=1)
+
+
+def test_models_that_changed_in_their_place_are_refused(tmp_path, monkeypatch):
+    """`make nano` writes new models where the old ones were."""
+    monkeypatch.setattr(demo, "STAGES", ())
+    road, hashes = DemoConfig(output=str(tmp_path / "demo")), iter("ab" + "ab" + "ac")
+    monkeypatch.setattr(demo, "content_hash", lambda folder: next(hashes))
+    demo.walk(road)
+    demo.walk(road)
+    with pytest.raises(DataError, match=r"models.json: this folder was begun with other settings: i2v"):
+        demo.walk(road)
 
 
 # ------------------------------------------------------------------------------------------------ the whole road
@@ -122,7 +145,18 @@ def test_a_folder_without_a_demo_is_named(tmp_path):
 def started(*words: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "v4e.cli", "demo", *words]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipes)
+    return subprocess.Popen(command, cwd=ROOT, start_new_session=True, env=ON_CPU, **pipes)
+
+
+def kill_when(process: subprocess.Popen, appears: Path) -> None:
+    """SIGKILL to it and all it has started, once a file is there."""
+    deadline = time.monotonic() + 600
+    while not appears.is_file():
+        assert process.poll() is None, f"ended with {process.returncode} before {appears} was there"
+        assert time.monotonic() < deadline, f"no {appears}"
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
 
 
 def finished(*words: str) -> str:
@@ -136,12 +170,7 @@ def finished(*words: str) -> str:
 def walked(tmp_path_factory) -> tuple[Path, str]:
     """A small demo, killed while it distils and started again: its folder, and what it said the second time."""
     folder = tmp_path_factory.mktemp("demo") / "small"
-    process = started(f"output={folder}", *SMALL)
-    assert process.stdout
-    for line in process.stdout:
-        if line.startswith("[5/10] distill"):
-            os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    kill_when(started(f"output={folder}", *SMALL), folder / "train/journal.jsonl")
     return folder, finished(f"output={folder}", *SMALL)
 
 
@@ -207,28 +236,24 @@ def test_it_can_be_judged_again_on_other_edits(walked):
 # ---------------------------------------------------------------------------------------------------- exactness
 
 
-def distilled(shards: Path, output: Path, kill_after: int | None = None) -> int:
-    """The demo's own training for four steps on two ranks; its exit code."""
+def distilling(shards: Path, output: Path) -> subprocess.Popen:
+    """The demo's own training for four steps on two ranks."""
     words = [f"loop.data={shards}", f"loop.output={output}", "loop.steps=4", "loop.save_every=2", "loop.log_every=1"]
     words += ["loop.batch=8", "loop.micro_batch=4", "loop.sheet_every=0", "loop.wandb.mode=disabled"]
     command = [*demo.launcher(2), "train", "configs/nano/video4edit.yaml", *words]
-    with subprocess.Popen(command, cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL) as process:
-        sealed = output / f"checkpoints/step_{kill_after or 0:07d}/COMPLETE.json"
-        while kill_after and process.poll() is None:
-            if sealed.is_file():
-                os.killpg(process.pid, signal.SIGKILL)
-                break
-            time.sleep(0.01)
-        return process.wait()
+    return subprocess.Popen(command, cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL, env=ON_CPU)
 
 
 def test_four_steps_of_the_distillation_are_two_a_kill_and_two(walked, tmp_path):
     """Frozen teacher and prior, Muon under ZeRO-3, own states, averages: to the bit."""
     shards, whole, halves = walked[0] / "shards", tmp_path / "whole", tmp_path / "halves"
-    assert distilled(shards, whole) == 0
-    assert distilled(shards, halves, kill_after=2) != 0
+    assert distilling(shards, whole).wait(600) == 0
+    half = halves / "checkpoints/step_0000002/COMPLETE.json"
+    kill_when(distilling(shards, halves), half)
     assert not (halves / "checkpoints/step_0000004").exists()
-    assert distilled(shards, halves) == 0
+    written = half.stat().st_mtime_ns
+    assert distilling(shards, halves).wait(600) == 0
+    assert half.stat().st_mtime_ns == written  # it was gone on from, not made again
     told = [[line for line in journal.read(run) if "student/loss" in line] for run in (whole, halves)]
     assert [line["step"] for line in told[0]] == [1, 2, 3, 4]
     by_step = {line["step"]: line for line in told[1]}

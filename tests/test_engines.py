@@ -73,13 +73,16 @@ def test_a_setting_younger_than_the_checkpoint_is_at_its_default(tmp_path):
     train(recipe)
     place = tmp_path / "checkpoints/step_0000003"
     state = json.loads((place / "state.json").read_text())
-    state["config"] = {k: v for k, v in state["config"].items() if "offload" not in k and "compile" not in k}
+    young = ("offload", "compile", "poison_from")
+    state["config"] = {k: v for k, v in state["config"].items() if not any(word in k for word in young)}
     (place / "state.json").write_text(json.dumps(state))
     (place / "COMPLETE.json").unlink()
     seal(place)
     assert opened(recipe).progress.step == 3
     with pytest.raises(CheckpointError, match="loop.compile was False and is now True"):
         opened(replace(recipe, loop=replace(recipe.loop, compile=True)))
+    with pytest.raises(CheckpointError, match="poison_from was 0 and is now 7"):
+        opened(replace(recipe, poison_from=7))
 
 
 def seal(place: Path) -> None:

@@ -102,32 +102,32 @@ def trial():
 @pytest.mark.parametrize("kind", [pytest.param("i2v", marks=pytest.mark.slow), "flf2v"])
 def test_all_looks_find_the_same(trial, kind):
     found = [look(trial(kind)) for look in fidelity.LOOKS]
-    assert [f.same for f in found] == [True, True, True], found
+    assert [f.fits for f in found] == [True, True, True], found
     assert found[1].told == found[2].told == "equal to the bit"
     low = trial(kind, dtype=torch.bfloat16)  # what an 80 GB card runs
-    assert fidelity.block_loop(low).same and fidelity.pipeline(low).same
+    assert fidelity.block_loop(low).fits and fidelity.pipeline(low).fits
 
 
 def test_a_tensor_that_differs_is_named(trial, tmp_path):
     of = trial("i2v", str(fidelity._as_original(str(shared_wan_folder("i2v")), tmp_path)))
-    assert fidelity.original_keys(of).same
+    assert fidelity.original_keys(of).fits
     file = tmp_path / "diffusion_pytorch_model.safetensors"
     tensors = load_file(file)
     tensors["blocks.1.ffn.0.bias"] = tensors["blocks.1.ffn.0.bias"].nextafter(torch.tensor(9.0))
     save_file(tensors, file)
     found = fidelity.original_keys(of)
-    assert not found.same and found.told.startswith("1 of ") and found.told.endswith("blocks.1.ffn.net.0.proj.bias")
+    assert not found.fits and found.told.startswith("1 of ") and found.told.endswith("blocks.1.ffn.net.0.proj.bias")
 
 
 def test_another_forward_is_told_with_its_difference(trial, monkeypatch):
     head = WanBackbone._head
     monkeypatch.setattr(WanBackbone, "_head", lambda *words: head(*words) + 0.25)
     found = fidelity.block_loop(trial("i2v"))
-    assert not found.same and found.told.startswith("off by up to 0.25, of values up to ")
+    assert not found.fits and found.told.startswith("off by up to 0.25, of values up to ")
     assert str(found).startswith("DIFFERS block loop")
     largest = float(found.told.split()[-1])
-    assert fidelity.block_loop(trial("i2v", tolerance=0.26 / largest)).same
-    assert not fidelity.block_loop(trial("i2v", tolerance=0.24 / largest)).same
+    assert fidelity.block_loop(trial("i2v", tolerance=0.26 / largest)).fits
+    assert not fidelity.block_loop(trial("i2v", tolerance=0.24 / largest)).fits
 
 
 # ------------------------------------------------------------------------------------------------------ curves

@@ -27,6 +27,7 @@ from v4e.data.shards import Index, SetMeta, ShardInfo, index_path
 from v4e.data.stream import Stream, slice_positions
 from v4e.errors import CheckpointError, ConfigError, DataError
 from v4e.nouns import Grid, Sample
+from v4e.recipes.flow_matching import FlowMatching
 from v4e.train import checkpoint
 
 WIDE = Grid(5, 16, 32)
@@ -287,10 +288,10 @@ def test_another_mixture_is_another_run(pair, tmp_path):
     assert names[0] == square.identity and len(set(names)) == len(names)
     assert Mixture((square, other), (4, 2)).identity == names[3]
     assert names[3] == f"2/3 of {square.identity} and 1/3 of {other.identity} in units of a step"
-    loop = Loop()
-    state = checkpoint.State(0, 1, {"loop.steps": str(loop.steps)}, names[3])
+    recipe = FlowMatching()
+    state = checkpoint.State(0, 1, {"loop.steps": str(recipe.loop.steps)}, names[3])
     with pytest.raises(CheckpointError) as told:
-        checkpoint.agree(state, replace(state, data=names[4]), loop, tmp_path)
+        checkpoint.agree(state, replace(state, data=names[4]), recipe, tmp_path)
     assert f"data was {names[3]} and is now {names[4]}" in str(told.value)
 
 

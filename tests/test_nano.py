@@ -106,8 +106,9 @@ def stage(folder) -> nano.Stage:
     return nano.Stage(folder, net, nano.muon_and_adam(net, 0.02, 1e-2), steps=4, save_every=2)
 
 
-def loss_of(net: Net, killed_at: int | None = None):
+def loss_of(net: Net, asked: list[int], killed_at: int | None = None):
     def loss(step: int) -> torch.Tensor:
+        asked.append(step)
         if step == killed_at:
             raise KeyboardInterrupt
         x = torch.randn(8, 12, generator=torch.Generator().manual_seed(step))
@@ -118,11 +119,13 @@ def loss_of(net: Net, killed_at: int | None = None):
 
 def test_a_stage_that_was_stopped_ends_as_if_it_had_not_been(tmp_path):
     whole, begun = stage(tmp_path / "whole"), stage(tmp_path / "halves")
-    whole.run(loss_of(whole.module), "whole")
+    asked: list[int] = []
+    whole.run(loss_of(whole.module, asked), "whole")
     with pytest.raises(KeyboardInterrupt):
-        begun.run(loss_of(begun.module, killed_at=3), "halves")  # its third step is lost, the first two are kept
+        begun.run(loss_of(begun.module, asked, killed_at=3), "halves")  # its third step is lost, two are kept
     again = stage(tmp_path / "halves")
-    again.run(loss_of(again.module), "halves")
+    again.run(loss_of(again.module, asked), "halves")
+    assert asked == [0, 1, 2, 3] + [0, 1, 2, 3] + [2, 3]
     for ours, theirs in zip(again.module.parameters(), whole.module.parameters(), strict=True):
         assert torch.equal(ours, theirs)
     assert not torch.equal(whole.module.kernel, Net().kernel) and not torch.equal(whole.module.gain, Net().gain)

@@ -56,7 +56,7 @@ def test_another_run_is_refused_with_both_values_unless_allowed(half):
     state = Path(half.loop.output) / "checkpoints/step_0000004/state.json"
     told = checkpoint.read_state(state.parent)
     with pytest.raises(CheckpointError, match=r"format was 1 and is now 2"):
-        checkpoint.agree(replace(told, format=1), told, half.loop, state)
+        checkpoint.agree(replace(told, format=1), told, half, state)
 
 
 def test_a_longer_run_is_the_same_run_while_its_learning_rates_are(half):

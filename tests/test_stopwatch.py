@@ -43,6 +43,19 @@ def test_attempts_are_added_and_the_last_one_leaves_nothing(tmp_path, clock):
     assert not spent.exists()
 
 
+def test_seconds_that_cannot_be_kept_stop_nothing(tmp_path, clock):
+    spent = tmp_path / "gone" / ".stage.spent"
+    with pytest.raises(KeyError), Stopwatch(spent) as watch:
+        clock[0] += 7
+        raise KeyError("the stage's own error")
+    assert watch.seconds() == 7
+    torn = tmp_path / ".stage.spent"
+    torn.write_text("")
+    with Stopwatch(torn) as watch:
+        clock[0] += 5
+        assert watch.seconds() == 5
+
+
 def test_an_attempt_that_was_killed_counts(tmp_path):
     spent = tmp_path / ".stage.spent"
     with subprocess.Popen([sys.executable, "-c", ATTEMPT, str(spent)], stdout=subprocess.PIPE, text=True) as attempt:

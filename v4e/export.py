@@ -40,7 +40,7 @@ from v4e.pipelines import (
     as_clip,
     few_step_scheduler,
     name_stock_classes,
-    stock_class,
+    stock_pipeline,
 )
 from v4e.provenance import COMFYUI, README, Form, Provenance, shard_sets
 
@@ -155,6 +155,7 @@ class _Making:
         folder: where to write.
         state: the network's tensors as they are stored; of adapters, as they were trained.
         shard_size: most bytes of a file of weights, as diffusers writes it: "10GB".
+        model: the architecture without memory.
     """
 
     trained: Trained
@@ -165,6 +166,7 @@ class _Making:
     dtype: torch.dtype
     state: Mapping[str, Tensor]
     shard_size: str
+    model: WanBackbone
 
 
 def export_run(
@@ -198,12 +200,12 @@ def export_run(
         DataError: the disk is full.
     """
     trained = Trained.of(Path(run), player, base, weights)
+    _refuse_positions(trained, form)
     if weights == "both" and form != "diffusers":
         raise ConfigError(f"variants are diffusers', and {form} has none", fix="export twice: average, then last")
     source, write = locate(trained.base, ["*"]), _WRITERS[form]
     with _appearing(Path(out)) as folder:
         making = _begin(trained, source, folder, form, dtype, shard_size)
-        _refuse_positions(making, form)
         write(making)
         if weights == "both":
             _add_averages(making)
@@ -221,13 +223,17 @@ def _begin(
     dtype = dtype or (torch.float32 if form == "lora" else torch.bfloat16)
     state = _stored(trained.weights(), torch.float32 if form == "lora" else dtype, trained.folder)
     kind: Kind = "flf2v" if POSITIONS in state else "i2v"
-    size = shard_size or WHOLE.get(form, "")
-    return _Making(trained, source, folder, kind, trained.card(Card.read(source)), dtype, state, size)
+    size, model = shard_size or WHOLE.get(form, ""), _declared(trained, source, kind, state)
+    return _Making(trained, source, folder, kind, trained.card(Card.read(source)), dtype, state, size, model)
 
 
-def _refuse_positions(making: _Making, form: Form) -> None:
+def _refuse_positions(trained: Trained, form: Form) -> None:
     """ConfigError where a form would leave behind that the two latent frames stand apart."""
-    if form != "diffusers" and _declared(making).config.get(SKIP):
+    if form == "diffusers":
+        return
+    with torch.device("meta"):
+        base = declare(trained.base).build()
+    if trained.temporal_skip or base.config.get(SKIP):
         raise ConfigError(
             f"the model's frames stand apart (temporal_skip), which {form} cannot say", fix="export --form diffusers"
         )
@@ -256,7 +262,7 @@ def _told(trained: Trained, weights: Weights | None) -> str:
 def _readme(making: _Making, name: str, form: Form, weights: str, base_model: str, report: Path | None) -> str:
     run, sharded = making.trained, any(making.folder.glob("*.index.json"))
     about = Provenance(name, run.folder, run.base, base_model, weights, run.steps, run.data, run.settings, report)
-    pipeline = stock_class(_declared(making).config).__name__
+    pipeline = stock_pipeline(making.model.config).__name__
     return about.readme(form, making.card, making.kind == "flf2v", sharded, pipeline)
 
 
@@ -310,15 +316,19 @@ def _index_of(source: Path) -> Path:
     return index
 
 
-def _declared(making: _Making) -> WanBackbone:
+def _backbone(trained: Trained, source: Path, kind: Kind) -> WanBackbone:
+    return declare(source, kind=kind, attention="native", temporal_skip=trained.temporal_skip).build()
+
+
+def _declared(trained: Trained, source: Path, kind: Kind, state: Mapping[str, Tensor]) -> WanBackbone:
     """The architecture without memory.
 
     Raises:
         CheckpointError: the weights are not of the base's architecture.
     """
     with torch.device("meta"):
-        model = _backbone(making)
-    wanted, found = dict(model.named_parameters()), {name: t.shape for name, t in making.state.items()}
+        model = _backbone(trained, source, kind)
+    wanted, found = dict(model.named_parameters()), {name: t.shape for name, t in state.items()}
     check({name: p.shape for name, p in wanted.items()}, found, "the run's weights")
     return model
 
@@ -338,7 +348,7 @@ def _write_scheduler(making: _Making) -> None:
 
 def _write_diffusers(making: _Making) -> None:
     """A whole pipeline."""
-    folder, model = making.folder, _declared(making)
+    folder, model = making.folder, making.model
     _copy_parts(making.source, folder, model.config)
     _write_scheduler(making)
     with writable(folder):
@@ -354,7 +364,7 @@ def _add_averages(making: _Making) -> None:
     """The averages beside the last weights, which ``from_pretrained(..., variant="ema")`` loads."""
     state = _stored(replace(making.trained, average=True).weights(), making.dtype, making.trained.folder)
     with writable(making.folder):
-        _declared(making).save_stock(
+        making.model.save_stock(
             making.folder / "transformer", state=state, max_shard_size=making.shard_size, variant=AVERAGES
         )
     stock = _stock(making, making.folder, variant=AVERAGES)
@@ -405,7 +415,7 @@ def _base_of(making: _Making, adapters: Mapping[str, Tensor]) -> dict[str, Tenso
 
 def _write_original(making: _Making) -> None:
     """The transformer under its authors' names, in one file or in shards."""
-    model, folder = _declared(making), making.folder
+    model, folder = making.model, making.folder
     _index_of(making.source)
     _write_scheduler(making)
     with writable(folder):
@@ -467,14 +477,9 @@ def _probes() -> tuple[Image.Image, Image.Image]:
     return picture, picture.transpose(Image.Transpose.ROTATE_90)
 
 
-def _backbone(making: _Making) -> WanBackbone:
-    skip = making.trained.temporal_skip
-    return declare(making.source, kind=making.kind, attention="native", temporal_skip=skip).build()
-
-
 def _in_memory(making: _Making, state: Mapping[str, Tensor]) -> WanBackbone:
     """The weights as they are here, in fp32, never read back from a folder."""
-    model = _backbone(making)
+    model = _backbone(making.trained, making.source, making.kind)
     model.load_state_dict({name: t.float() for name, t in state.items()}, strict=False)  # tables are computed
     return model.requires_grad_(False).eval()
 
@@ -495,7 +500,7 @@ def our_frames(making: _Making, state: Mapping[str, Tensor], parts: Path) -> Cli
 def _stock(making: _Making, parts: Path, **options: Any) -> Any:
     """Stock diffusers' pipeline of a folder, with the export's solver."""
     with _loading(parts):
-        pipeline: Any = stock_class(_declared(making).config).from_pretrained(parts, dtype=torch.float32, **options)
+        pipeline: Any = stock_pipeline(making.model.config).from_pretrained(parts, dtype=torch.float32, **options)
         if making.kind == "i2v" and parts != making.folder:  # whose own is to be loaded as it is
             pipeline.scheduler = UniPCMultistepScheduler.from_pretrained(making.folder, subfolder="scheduler")
     pipeline.set_progress_bar_config(disable=True)

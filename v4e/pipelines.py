@@ -26,7 +26,7 @@ from v4e.errors import CheckpointError, ConfigError, DataError
 from v4e.models.attention import Attention
 from v4e.models.codec import WanCodec
 from v4e.models.folder import locate
-from v4e.models.wan import SKIP, WanBackbone, load_backbone
+from v4e.models.wan import SKIP, WanBackbone, load_backbone, stock_transformer
 from v4e.nouns import TEXT_TOKENS, Clip, Conditions, Grid
 from v4e.verbs import Backbone
 
@@ -348,18 +348,17 @@ class WanPipeline(WanImageToVideoPipeline):
         return noise_of(seeds, self.vae.config.z_dim, grid.t, grid.h, grid.w).to(self._execution_device)
 
 
-def stock_class(config: Mapping[str, Any]) -> type[WanImageToVideoPipeline] | type[ChronoEditPipeline]:
-    """Diffusers' pipeline for a transformer of this config."""
+def stock_pipeline(config: Mapping[str, Any]) -> type[WanImageToVideoPipeline] | type[ChronoEditPipeline]:
+    """Diffusers' class for a transformer of this config."""
     return ChronoEditPipeline if config.get(SKIP) else WanImageToVideoPipeline
 
 
 def name_stock_classes(folder: Path, config: Mapping[str, Any]) -> None:
     """Make ``model_index.json`` name the stock pipeline and transformer, which the folder holds."""
-    path, pipeline = folder / MODEL_INDEX, stock_class(config)
+    path, pipeline = folder / MODEL_INDEX, stock_pipeline(config)
     parts = inspect.signature(pipeline.__init__).parameters
     index = {k: v for k, v in json.loads(path.read_text()).items() if k.startswith("_") or k in parts}
-    transformer = "ChronoEditTransformer3DModel" if config.get(SKIP) else "WanTransformer3DModel"
-    index |= {"_class_name": pipeline.__name__, "transformer": ["diffusers", transformer]}
+    index |= {"_class_name": pipeline.__name__, "transformer": ["diffusers", stock_transformer(config).__name__]}
     path.write_text(json.dumps(index, indent=2) + "\n")
 
 

@@ -300,7 +300,7 @@ def fresh(
     def weights() -> Iterator[tuple[str, Tensor]]:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = _construct(_stock_class(config), config)
+            model = _construct(stock_transformer(config), config)
             _initialise(model)
         yield from ((name, p.detach()) for name, p in model.named_parameters())
         yield from _tables(config)
@@ -345,8 +345,8 @@ def _builder(
     config: Mapping[str, object], backend: Attention, fold: bool, checkpointing: Checkpointing
 ) -> Callable[[], WanBackbone]:
     def build() -> WanBackbone:
-        own = {key: value for key, value in config.items() if key != SKIP}
-        model = _construct(WanBackbone, own).set_attention(backend, fold)
+        plain = {key: value for key, value in config.items() if key != SKIP}
+        model = _construct(WanBackbone, plain).set_attention(backend, fold)
         if skip := config.get(SKIP):
             model.stand_apart(int(str(skip)))
         model.gradient_checkpointing, model.selective = bool(checkpointing), checkpointing == "selective"
@@ -403,12 +403,16 @@ def _config_as(config: dict[str, object], kind: Kind | None, vision_tokens: int)
 
 
 def _apart(config: dict[str, object], temporal_skip: int) -> dict[str, object]:
+    if config.get("pos_embed_seq_len") is not None:
+        raise ConfigError(
+            "FLF2V is told both ends and keeps its positions", where="key temporal_skip", fix="set it to 0"
+        )
     most = _skeleton(config).config["rope_max_seq_len"]
     if not 2 <= temporal_skip <= most:
         raise ConfigError(
             f"{temporal_skip} latent frames have no two ends among the model's {most} positions",
             where="key temporal_skip",
-            fix="give the latent frames of the teacher's clip, 21 for 81 frames, or 0",
+            fix="give the latent frames of the teacher's clip, 21 for 81 frames, or 0 for the model's own",
         )
     return config | {SKIP: temporal_skip}
 
@@ -437,14 +441,15 @@ def _construct(cls: type[Wan], config: Mapping[str, object]) -> Wan:
     return model
 
 
-def _stock_class(config: Mapping[str, object]) -> type[Stock]:
+def stock_transformer(config: Mapping[str, object]) -> type[Stock]:
+    """Diffusers' class of a transformer."""
     return ChronoEditTransformer3DModel if config.get(SKIP) else WanTransformer3DModel
 
 
 def _skeleton(config: Mapping[str, object]) -> Stock:
     """The stock model without memory: names, shapes and the complete config."""
     with torch.device("meta"):
-        return _construct(_stock_class(config), config)
+        return _construct(stock_transformer(config), config)
 
 
 def _shapes(config: Mapping[str, object]) -> dict[str, torch.Size]:

@@ -83,7 +83,7 @@ class Video4Edit:
             student's starting weights, told the evolution prompt and the empty one.
         terms: weights and their schedule.
         temporal_skip: latent frames of the clip whose ends the student's two frames are taken for, as ChronoEdit does:
-            the teacher's, 21 for 81 frames. 0 keeps stock Wan's positions, 0 and 1.
+            the teacher's, 21 for 81 frames. 0 keeps the positions of ``student``, in stock Wan 0 and 1.
     """
 
     teacher: str = ""

@@ -27,6 +27,7 @@ from v4e.errors import CheckpointError, TrainingError
 from v4e.train.engines import Cast
 from v4e.train.fragments import Archive, collect, restore
 from v4e.train.schedule import factor
+from v4e.verbs import Recipe
 
 SEAL, STATE = "COMPLETE.json", "state.json"
 FORMAT = 2  # of the files; 1 was DeepSpeed's own
@@ -39,7 +40,6 @@ HARMLESS = (  # settings that may change from one process to the next without ch
     "loop.spike", "loop.threads", "loop.peak_tflops", "loop.offload.folder", "loop.offload.parameters",
     "loop.cache_bytes", "loop.wandb", "loop.allow_change",
 )  # fmt: skip
-UNSAID = {f"loop.{key}": value for key, value in flat(Loop()).items()}  # of a setting younger than the checkpoint
 GENERATOR = "generator"
 
 
@@ -116,24 +116,26 @@ def read_state(path: Path) -> State:
         raise CheckpointError(f"not a readable checkpoint: {error}", where=str(path)) from error
 
 
-def agree(state: State, now: State, loop: Loop, where: Path) -> None:
+def agree(state: State, now: State, recipe: Recipe, where: Path) -> None:
     """Refuse to go on where it would be another run, unless ``loop.allow_change`` names the difference.
 
     Args:
         now: what a checkpoint of this process would say.
+        recipe: of this process; a setting that the checkpoint is older than had its default.
 
     Raises:
         CheckpointError: naming every difference with both its values.
     """
-    changed = [c for c in _differences(state, now, loop) if not _is_among(c[0], loop.allow_change)]
+    changed = [c for c in _differences(state, now, recipe) if not _is_among(c[0], recipe.loop.allow_change)]
     if changed:
         told = "; ".join(f"{k} was {was} and is now {new}" for k, was, new in changed)
         fix = f"use another loop.output, or name what may change: loop.allow_change=[{','.join(c[0] for c in changed)}]"
         raise CheckpointError(f"not the run that was begun: {told}", where=str(where), fix=fix)
 
 
-def _differences(state: State, now: State, loop: Loop) -> Iterator[tuple[str, object, object]]:
+def _differences(state: State, now: State, recipe: Recipe) -> Iterator[tuple[str, object, object]]:
     """(name, then, now) of all that would change what is computed."""
+    loop, unsaid = recipe.loop, flat(type(recipe)())
     if state.format != now.format:
         yield "format", state.format, now.format
     if state.data != now.data:
@@ -143,7 +145,7 @@ def _differences(state: State, now: State, loop: Loop) -> Iterator[tuple[str, ob
     # Another number of ranks may want other micro-batches; samples, order and batch stay.
     harmless = HARMLESS if state.world == now.world else (*HARMLESS, "loop.micro_batch")
     for key in sorted({*state.config, *now.config}):
-        was, new = state.config.get(key, UNSAID.get(key, "absent")), now.config.get(key, "absent")
+        was, new = state.config.get(key, unsaid.get(key, "absent")), now.config.get(key, "absent")
         if was != new and not _is_among(key, harmless):
             yield key, was, new
 

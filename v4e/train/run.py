@@ -20,6 +20,7 @@ from v4e.config import Loop, flat, to_dict
 from v4e.dist import Ranks
 from v4e.errors import CheckpointError, ConfigError, PreemptedError
 from v4e.journal import Bar, Journal, revision
+from v4e.nouns import seed_of
 from v4e.train import checkpoint
 from v4e.train.engines import Cast, Role, accumulation, cast, export_adapters, export_weights, worn
 from v4e.train.guards import Notice
@@ -283,9 +284,10 @@ def open_run(
     fresh = _fresh(recipe, ranks, data)
     state = checkpoint.read_state(start) if start else fresh
     if start:
-        checkpoint.agree(state, fresh, loop, start)
+        checkpoint.agree(state, fresh, recipe, start)
     stream = make_stream(ranks.rank, ranks.world)  # before the networks: it fails sooner
     players = cast(recipe.players(), loop, ranks)
+    torch.manual_seed(seed_of(loop.seed, "rank", ranks.rank))  # of dropout and the like; building has drawn from it
     averages = {name: _averages(role) if loop.ema else [] for name, role in players.trained.items()}
     if start:
         checkpoint.load(start, players, averages, ranks)
