@@ -129,6 +129,8 @@ def test_read_equals_encode_prompt(codec, stock):
         assert torch.equal(padded[0, : len(embedding)], embedding) and not padded[0, len(embedding) :].any()
     assert [len(e) for e in codec.read(texts)] == [5, 7, 1, TEXT_TOKENS]
     assert codec.read([""])[0].shape == (1, TEXT_WIDTH)
+    kept = codec.read([""])[0]  # may be remembered for long; the padding of 512 tokens is not
+    assert kept.untyped_storage().nbytes() == kept.nbytes
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from v4e.dist import Ranks
 from v4e.eval import contact
 from v4e.eval.contact import ContactSheet
 from v4e.eval.metrics import edit_mask, score
+from v4e.eval.sheet import MARGIN, SheetRow, draw
 from v4e.models.codec import WanCodec
 from v4e.nouns import Clip, Encoded, Grid, Rollout, Sample
 
@@ -41,6 +42,17 @@ def sheet(request, tmp_path) -> ContactSheet:
         for n in range(3):
             writer.add(rolled_out(n) if request.param else replace(rolled_out(n), rollout=None))
     return ContactSheet(tmp_path, str(shared_wan_folder()), Ranks(), rows=2)
+
+
+@pytest.mark.parametrize(("width", "shown"), [(32, 96), (128, 384), (480, 512), (1280, 512)])
+def test_a_sheet_of_large_pictures_can_be_opened(width, shown):
+    """Eleven of 720p in four columns, as they are, would be more pixels than Pillow opens."""
+    picture = Clip(torch.zeros(1, 3, width * 9 // 16, width, dtype=torch.uint8))
+    sheet = ContactSheet("", "", Ranks())
+    sheet.__dict__["_samples"] = [replace(rolled_out(0), source=picture)]
+    column = sheet._column("source")
+    image = draw("title", [column], [SheetRow((picture,))] * 11)
+    assert image.width - 2 * MARGIN == shown and image.height < 11 * shown
 
 
 def test_source_makers_teacher_and_target_stand_side_by_side(sheet, monkeypatch):

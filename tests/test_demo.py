@@ -17,8 +17,11 @@ from safetensors.torch import load_file
 from data_tools import demo, world
 from data_tools.demo import DemoConfig
 from v4e import journal
+from v4e.dist import Ranks
 from v4e.errors import ConfigError, DataError
+from v4e.eval.contact import ContactSheet
 from v4e.eval.report import Key
+from v4e.models.wan import load_backbone
 
 ROOT = Path(__file__).parents[1]
 SMALL = ("triplets=16", "per_task=1", "validation=2", "steps=2", "compute_ratio=1.5", "ranks=1", "seeds=2")
@@ -236,11 +239,13 @@ def test_it_can_be_judged_again_on_other_edits(walked):
 # ---------------------------------------------------------------------------------------------------- exactness
 
 
-def distilling(shards: Path, output: Path) -> subprocess.Popen:
+def distilling(shards: Path, output: Path, *more: str) -> subprocess.Popen:
     """The demo's own training for four steps on two ranks."""
     words = [f"loop.data={shards}", f"loop.output={output}", "loop.steps=4", "loop.save_every=2", "loop.log_every=1"]
-    words += ["loop.batch=8", "loop.micro_batch=4", "loop.sheet_every=0", "loop.wandb.mode=disabled"]
-    command = [*demo.launcher(2), "train", "configs/nano/video4edit.yaml", *words]
+    words += ["loop.batch=8", "loop.micro_batch=4", "loop.sheet_every=4", "loop.wandb.mode=disabled"]
+    words += [f"loop.validation={shards.parent / 'validation/shards'}"]
+    words += ["optim.muon_lr=0.3", "loop.schedule.warmup=0"]  # so that averages lie far from weights
+    command = [*demo.launcher(2), "train", "configs/nano/video4edit.yaml", *words, *more]
     return subprocess.Popen(command, cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL, env=ON_CPU)
 
 
@@ -269,3 +274,17 @@ def test_four_steps_of_the_distillation_are_two_a_kill_and_two(walked, tmp_path)
         mine, theirs = load_file(one), load_file(other)
         assert mine.keys() == theirs.keys()
         assert all(torch.equal(mine[k].view(torch.uint8), theirs[k].view(torch.uint8)) for k in mine), one
+
+
+def test_a_sheet_of_averages_is_of_averages_on_every_rank(walked, tmp_path):
+    """An edit without gradients leaves weights whole on each rank; the next must not use them for others (ZeRO-3)."""
+    validation = walked[0] / "validation/shards"
+    assert distilling(walked[0] / "shards", tmp_path, "loop.precision=fp32").wait(600) == 0
+    sheet = ContactSheet(validation, str(DemoConfig().i2v), Ranks(), shift=3.0)
+    told = journal.read(tmp_path)[-1]
+    for maker, stem in (("student", "weights"), ("average", "average")):
+        model = load_backbone(DemoConfig().i2v, attention="matmul", fold_text_padding=True)
+        model.load_state_dict(load_file(tmp_path / f"weights/student/{stem}.safetensors"), strict=False)
+        _, metrics = sheet.show(4, {maker: sheet.edit({"student": model})})
+        assert told[f"validation/{maker}/psnr"] == pytest.approx(metrics[f"{maker}/psnr"], abs=1e-3)
+    assert abs(told["validation/student/psnr"] - told["validation/average/psnr"]) > 0.05

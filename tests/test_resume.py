@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from resume_bars import PREEMPTED, TOLERANCE, losses, order, run, tensors
+from test_engines import seal
 from test_train import SMALL, checkpoints, damage, weights
 from toy_training import Toy, ToyStream, launch, toy
 
-from v4e import dist
-from v4e.errors import CheckpointError, PreemptedError
+from v4e import dist, journal
+from v4e.errors import CheckpointError, PreemptedError, TrainingError
 from v4e.train import checkpoint
 from v4e.train.fragments import Archive
 from v4e.train.run import Run, open_run, train_recipe
@@ -36,6 +37,28 @@ def half(tmp_path) -> Toy:
     with pytest.raises(PreemptedError, match=r"step 4: stopped by SIGTERM, saved .the same command goes on"):
         train(recipe, "shards-a", "4:0:SIGTERM")
     return recipe
+
+
+def test_damaged_samples_are_counted_over_all_processes_of_a_run(half):
+    """A run that is often stopped may not meet the allowed number anew each time."""
+    place = Path(half.loop.output) / "checkpoints/step_0000004"
+    state = json.loads((place / "state.json").read_text())
+    (place / "state.json").write_text(json.dumps(state | {"quarantined": {"7": "torn", "8": "torn"}}))
+    seal(place)
+    going_on = replace(half, loop=replace(half.loop, max_bad_samples=2))
+    train(going_on, "shards-a")
+    assert journal.read(Path(half.loop.output))[-1]["quarantined"] == 2
+    last = Path(half.loop.output) / "checkpoints/step_0000006/state.json"
+    assert json.loads(last.read_text())["quarantined"] == {"7": "torn", "8": "torn"}
+
+
+def test_more_damaged_samples_than_allowed_stop_a_run_that_goes_on(half):
+    place = Path(half.loop.output) / "checkpoints/step_0000004"
+    state = json.loads((place / "state.json").read_text())
+    (place / "state.json").write_text(json.dumps(state | {"quarantined": {"7": "torn"}}))
+    seal(place)
+    with pytest.raises(TrainingError, match="1 damaged samples, more than loop.max_bad_samples = 0: 7: torn"):
+        train(half, "shards-a")
 
 
 def test_a_signal_saves_within_a_step_and_some_checkpoints_stay_for_good(half):

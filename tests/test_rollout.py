@@ -7,6 +7,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -26,13 +27,14 @@ from PIL import Image
 
 from data_tools import rollout as room
 from data_tools.ingest import Listed, Triplet, ingest, iterate, read_triplets, write_triplets
-from data_tools.rollout import Evolving, RolloutConfig, Worker, pack_clips, rollout
+from data_tools.rollout import Evolving, RolloutConfig, Worker, pack_clips, rollout, work
 from data_tools.rollout.encode import RolloutCodec
 from data_tools.rollout.plan import Chosen, Plan
 from data_tools.rollout.run import by_size
 from data_tools.rollout.spool import Spool
 from v4e import dist, flow, journal
 from v4e.config import Wandb
+from v4e.data import places
 from v4e.data.collate import collate
 from v4e.data.members import unpack
 from v4e.data.shards import ShardSet, read_manifest
@@ -357,6 +359,43 @@ def test_damaged_pictures_are_quarantined_and_the_others_rolled(own, tmp_path, m
         rollout(rows, tmp_path / "new", config)
     rollout(rows, tmp_path / "new", replace(config, changed="reroll"))
     assert ShardSet.open(tmp_path / "new").keys == ["t0", "t1", "t2", "t3"]
+
+
+@pytest.mark.parametrize(
+    ("fault", "is_the_triplets"),
+    [
+        (FileNotFoundError(errno.ENOENT, "no such file"), True),
+        (PermissionError(errno.EACCES, "a file of somebody else"), True),
+        (OSError(errno.EIO, "a bad sector"), True),
+        (OSError(errno.ESTALE, "a mount that has gone"), False),
+        (OSError(errno.EMFILE, "too many open files"), False),
+        (PermissionError("credentials have expired"), False),
+        (RuntimeError("botocore: no route to host"), False),
+    ],
+    ids=lambda value: str(value),
+)
+def test_a_fault_of_the_machine_is_no_triplets(own, tmp_path, monkeypatch, fault, is_the_triplets):
+    """What would befall every other triplet stops the rank; none is taken for a bad one."""
+    rows = unhashed(own[0])
+
+    real = work.read_bytes
+
+    def faulty(where):
+        if where == rows[2].source:
+            with places.reaching(where):
+                raise fault
+        return real(where)
+
+    monkeypatch.setattr(places.time, "sleep", lambda _: None)
+    monkeypatch.setattr(work, "read_bytes", faulty)
+    config = settings(max_reject_fraction=0.4)
+    if is_the_triplets:
+        assert ShardSet.open(rollout(rows, tmp_path / "new", config)).keys == ["t0", "t1", "t3", "t4"]
+        return
+    with pytest.raises(DataError, match=re.escape(str(fault.args[-1]))):
+        rollout(rows, tmp_path / "new", config)
+    monkeypatch.setattr(work, "read_bytes", real)
+    assert ShardSet.open(rollout(rows, tmp_path / "new", config)).keys == ["t0", "t1", "t2", "t3", "t4"]
 
 
 def test_a_teacher_that_says_nonsense_is_quarantined(triplets, tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ from v4e.pipelines import CODEC_PARTS, BatchCodec
 
 X = TypeVar("X")
 TOOL = f"v4e {v4e.__version__}"
-TEXTS, LOOKS = 8192, 64  # embeddings remembered; of texts about 100 kB, of images 1.3 MB
+TEXTS, LOOKS = 1024, 64  # embeddings remembered on the device; at 14B of texts half a MB, of images 1.3 MB
 Ends = Literal["first", "first_and_last", "both"]
 
 

@@ -1,9 +1,10 @@
 """A unit of triplets to the members of its samples: read, encode, roll out, pack."""
 
+import errno
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 
@@ -15,7 +16,7 @@ from v4e import dist
 from v4e.data.collate import teacher_conditions
 from v4e.data.disk import hash_of, to_json
 from v4e.data.members import pack
-from v4e.data.places import read_bytes
+from v4e.data.places import PassingError, patiently, read_bytes
 from v4e.data.shards import FORMAT, SetMeta
 from v4e.errors import DataError
 from v4e.models.codec import WanCodec
@@ -23,12 +24,20 @@ from v4e.models.onednn import require_onednn
 from v4e.nouns import Clip, Encoded, Origin, Rollout, Sample, seed_of
 from v4e.pipelines import CODEC_PARTS, TeacherPipeline, Trajectory, noise_of
 
+# Of a mount that has gone, a limit of the system's, a network: not of a file.
+MACHINES_OWN = {
+    errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENODEV, errno.ENOTCONN, errno.ETIMEDOUT,
+    errno.EHOSTDOWN, errno.EHOSTUNREACH,
+}  # fmt: skip
+
 
 class Models:
     """Teacher and codec of a roll-out, loaded when first used: a finished set needs neither."""
 
     def __init__(self, config: RolloutConfig, device: torch.device, team: dist.Team = dist.ALONE) -> None:
         self.config, self.device, self.team = config, device, team
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # what names no device else would go to the first one, on every rank
         if config.onednn:
             require_onednn(device)
         if config.threads:
@@ -120,12 +129,18 @@ class Worker:
         )
 
     def _read(self, triplet: Triplet) -> "_Pair | Reject":
-        """Both pictures; decoders of broken files raise whatever they meet."""
+        """Both pictures; decoders of broken files raise whatever they meet.
+
+        Raises:
+            DataError: this machine or its network fails, which says nothing of the triplet.
+        """
         inputs, size = "", (self.grids.student.H, self.grids.student.W)
         try:
-            inputs = self.inputs(triplet)
+            inputs = patiently(partial(self.inputs, triplet))
             return _Pair(triplet, inputs, triplet.read_source(size), triplet.read_target(size))
         except Exception as error:
+            if _is_the_machines(error):
+                raise
             return Reject(triplet.id, f"{type(error).__name__}: {error}", inputs)
 
     def _samples(self, pairs: Sequence["_Pair"]) -> list[Sample]:
@@ -178,6 +193,13 @@ class Worker:
             return Made(sample.key, sample.task, pack(sample, TYPES[self.config.stored]))
         except DataError as error:
             return Reject(sample.key, str(error), sample.origin.inputs)
+
+
+def _is_the_machines(error: Exception) -> bool:
+    """Whether it would befall other triplets as well: a network, access to a store, a mount that has gone."""
+    cause = error.__cause__
+    denied = isinstance(cause, PermissionError) and cause.errno is None  # by a store; a file's own has a number
+    return isinstance(error, PassingError) or denied or getattr(cause, "errno", None) in MACHINES_OWN
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from v4e.nouns import Clip, Conditions, Sample, seed_of
 from v4e.verbs import Backbone
 
 MEASURED = ("psnr", "edit_psnr", "keep_psnr", "ssim", "sharpness")
+LARGEST, WIDEST = 3, 512  # times, and pixels of a picture on the sheet, which must stay one that viewers open
 
 
 @dataclass
@@ -65,13 +66,18 @@ class ContactSheet:
 
         Between them and the target stands what the teacher's roll-outs ended in, where the samples have them.
         """
-        edited = {maker: self._decoder.decode_last(z_BCthw) for maker, z_BCthw in edits.items()}
+        edited = {maker: self._decode(z_BCthw) for maker, z_BCthw in edits.items()}
         metrics = {f"{m}/{name}": value for m, clips in edited.items() for name, value in self._measure(clips).items()}
         shown = edited | ({"teacher": self._taught} if self._taught else {})
-        columns = [Column("source"), Column("instruction", text_width=150), *map(Column, shown), Column("target")]
+        words = Column("instruction", text_width=150)
+        columns = [self._column("source"), words, *map(self._column, shown), self._column("target")]
         made = zip(*shown.values(), strict=True)
         rows = [SheetRow(self._cells(s, clips)) for s, clips in zip(self._samples, made, strict=True)]
         return draw(f"step {step}, {self.steps} solver steps", columns, rows), metrics
+
+    def _column(self, title: str) -> Column:
+        sizes = [sample.source.size for sample in self._samples if sample.source]
+        return Column(title, min(LARGEST, WIDEST / max(width for _, width in sizes)))
 
     def _measure(self, edited: Sequence[Clip]) -> dict[str, float]:
         """Means over the samples of what :mod:`v4e.eval.metrics` says without a judge; of those that have it."""
@@ -93,7 +99,7 @@ class ContactSheet:
     def _taught(self) -> list[Clip]:
         """The teacher's edits of the samples; none unless all were rolled out."""
         ends = [s.rollout.end_Cthw.float() for s in self._samples if s.rollout]
-        return self._decoder.decode_last(torch.stack(ends)) if len(ends) == len(self._samples) else []
+        return self._decode(torch.stack(ends)) if len(ends) == len(self._samples) else []
 
     @cached_property
     def _conditions(self) -> Conditions:
@@ -105,9 +111,17 @@ class ContactSheet:
         seeds = [seed_of("contact sheet", s.key) for s in self._samples]
         return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
 
+    def _decode(self, z_BCthw: Tensor) -> list[Clip]:
+        """By the accelerator, where the others wait for this rank; between sheets the VAE leaves it to the training."""
+        vae = self._codec.vae.to(self.ranks.device)
+        try:
+            return self._codec.decode_last(z_BCthw)
+        finally:
+            vae.to("cpu")
+
     @cached_property
-    def _decoder(self) -> WanCodec:
-        return WanCodec.load(self.codec)
+    def _codec(self) -> WanCodec:
+        return WanCodec.load(self.codec, self.ranks.device)
 
 
 def _pictures(sample: Sample, edited: Clip) -> tuple[Tensor, Tensor, Tensor]:

@@ -19,12 +19,12 @@ class Column:
 
     Args:
         title: stands above it.
-        scale: pixels on the sheet for each pixel of a picture.
+        scale: pixels on the sheet for each pixel of a picture; below 1 it is reduced.
         text_width: width in sheet pixels of a column that holds text; 0 for pictures.
     """
 
     title: str
-    scale: int = 3
+    scale: float = 3
     text_width: int = 0
 
 
@@ -68,8 +68,8 @@ def _fill(sheet: Image.Image, pen: ImageDraw.ImageDraw, corner, size, column: Co
         return
     top += (height - _height(column, cell)) // 2
     for i, frame in enumerate(_frames(cell)):
-        enlarged = frame.resize((frame.width * column.scale, frame.height * column.scale), Image.Resampling.BICUBIC)
-        sheet.paste(enlarged, (left + i * (enlarged.width + 2), top))
+        scaled = frame.resize((_pixels(frame.width, column), _pixels(frame.height, column)), Image.Resampling.BICUBIC)
+        sheet.paste(scaled, (left + i * (scaled.width + 2), top))
 
 
 def _frames(clip: Clip) -> list[Image.Image]:
@@ -80,13 +80,17 @@ def _width(column: Column, cell: Clip | str) -> int:
     title = int(font(FONT).getlength(column.title))
     if isinstance(cell, str):
         return max(title, column.text_width)
-    return max(title, len(cell) * (cell.size[1] * column.scale + 2) - 2)
+    return max(title, len(cell) * (_pixels(cell.size[1], column) + 2) - 2)
 
 
 def _height(column: Column, cell: Clip | str) -> int:
     if isinstance(cell, str):
         return (FONT + 7) * (_wrap(cell, column.text_width).count("\n") + 1)
-    return cell.size[0] * column.scale
+    return _pixels(cell.size[0], column)
+
+
+def _pixels(length: int, column: Column) -> int:
+    return max(1, round(length * column.scale))
 
 
 def _wrap(text: str, width: int) -> str:

@@ -204,7 +204,7 @@ class WanCodec:
             [text], padding="max_length", max_length=TEXT_TOKENS, truncation=True, return_tensors="pt"
         ).to(self.device)
         hidden = self.text_encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
-        return hidden[0, : int(tokens.attention_mask.sum())]
+        return hidden[0, : int(tokens.attention_mask.sum())].clone()  # or the padding would live as long as the words
 
     def _look_one(self, image: Clip) -> Tensor:
         if len(image) != 1:

@@ -173,13 +173,20 @@ def find(folder: Path, ranks: Ranks) -> tuple[Path | None, list[str]]:
 
 def check(path: Path, ranks: Ranks) -> str:
     """What is wrong with a checkpoint; empty when nothing is. Every rank hashes its share of the files."""
-    try:
-        expected = dict(json.loads((path / SEAL).read_text())["files"])
-    except (OSError, ValueError, KeyError, TypeError):
+    expected = dist.share(_sealed(path))  # as the first rank reads it, or the others would wait for one that cannot
+    if expected is None:
         return f"no readable {SEAL}"
     found = _hash_together(path, ranks)
     wrong = sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))
     return f"{', '.join(wrong[:3])} differs" if wrong else ""
+
+
+def _sealed(path: Path) -> dict[str, str] | None:
+    """Hash of each file by the seal; None where it cannot be read."""
+    try:
+        return dict(json.loads((path / SEAL).read_text())["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def step_of(path: Path) -> int:

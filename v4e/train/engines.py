@@ -121,6 +121,7 @@ class Role:
         yield from alone(self._parts(".lora_"))
 
     def _parts(self, among: str = "") -> Iterator[tuple[str, Tensor]]:
+        self._let_go()
         copies = self.copies() if self.stage == 0 else {}
         for name, parameter in self.module.named_parameters():
             if among not in name:
@@ -145,6 +146,7 @@ class Role:
 
     def _refresh_cut(self) -> None:
         """The partitions, then the small parameters that stay whole."""
+        self._let_go()
         optimizer = optimizer_of(self.engine)
         for part in range(len(self.masters())):
             with self.at_hand(part):
@@ -152,6 +154,15 @@ class Role:
         if whole := optimizer.persistent_parameters:
             whole[0].partition(whole)
             whole[0].all_gather(whole)
+
+    def _let_go(self) -> None:
+        """Weights that a forward without gradients has left whole, or on their way, are cut again (ZeRO-3).
+
+        Those left whole would be used as they are, whatever is written to the partitions; those on their way cannot
+        be gathered.
+        """
+        if self.stage == 3:
+            optimizer_of(self.engine).parameter_offload.partition_all_parameters()
 
     def inner(self) -> Any:
         """PyTorch's optimiser, whose state is keyed by the masters."""

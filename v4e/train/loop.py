@@ -65,6 +65,7 @@ class Progress:
         skipped, in_a_row: steps left out because something was not finite, in all and the latest without a good one.
         bad: of those in a row, step -> keys under suspicion.
         spikes: losses out of the ordinary so far.
+        quarantined: key -> why, of the damaged samples that earlier processes of the run met.
         recent: turn -> its latest losses over all ranks.
         news: sentences for the journal.
     """
@@ -74,6 +75,7 @@ class Progress:
     in_a_row: int = 0
     bad: dict[int, list[str]] = field(default_factory=dict)
     spikes: int = 0
+    quarantined: dict[str, str] = field(default_factory=dict)
     recent: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     news: list[str] = field(default_factory=list)
 
@@ -125,7 +127,7 @@ def train(
         began = time.perf_counter()
         slices = stream.step(progress.step)
         tally.add("data_wait_s", time.perf_counter() - began)
-        if _consult(stream, loop.max_bad_samples, asked, ranks):
+        if _consult(stream, progress, loop.max_bad_samples, asked, ranks):
             return False
         outcomes = _step(recipe, slices, cast, progress.step, tally, ranks)
         _count(progress, outcomes, slices, loop.max_bad_steps)
@@ -233,14 +235,14 @@ def _look_for_spikes(progress: Progress, outcomes: Mapping[str, Outcome], limit:
         recent[:] = [*recent, loss][-WINDOW:]
 
 
-def _consult(stream: Stream, limit: int, asked: Callable[[], bool], ranks: Ranks) -> bool:
+def _consult(stream: Stream, progress: Progress, limit: int, asked: Callable[[], bool], ranks: Ranks) -> bool:
     """Whether any rank was asked to stop.
 
     Raises:
         TrainingError: on every rank alike once more than ``limit`` samples have been quarantined anywhere.
     """
     damaged, stops = dist.total([len(stream.quarantined), asked()], ranks.device)
-    if damaged > limit and len(found := quarantined(stream)) > limit:
+    if damaged + len(progress.quarantined) > limit and len(found := quarantined(stream, progress)) > limit:
         told = "; ".join(f"{key}: {why}" for key, why in sorted(found.items()))
         raise TrainingError(
             f"{len(found)} damaged samples, more than loop.max_bad_samples = {limit}: {told}",
@@ -249,9 +251,10 @@ def _consult(stream: Stream, limit: int, asked: Callable[[], bool], ranks: Ranks
     return stops > 0
 
 
-def quarantined(stream: Stream) -> dict[str, str]:
-    """Damaged samples met by any rank, and why; keys and tokens in the reasons are starred out."""
-    return {key: str(scrub(why)) for part in dist.gather(dict(stream.quarantined)) for key, why in part.items()}
+def quarantined(stream: Stream, progress: Progress) -> dict[str, str]:
+    """Damaged samples that any rank has met in this run, and why; keys and tokens in the reasons are starred out."""
+    met = {key: str(scrub(why)) for part in dist.gather(dict(stream.quarantined)) for key, why in part.items()}
+    return progress.quarantined | met
 
 
 def _numbers(
@@ -268,7 +271,7 @@ def _numbers(
         | {
             "skipped_steps": progress.skipped,
             "loss_spikes": progress.spikes,
-            "quarantined": len(quarantined(stream)),
+            "quarantined": len(quarantined(stream, progress)),
         }
     )
 
