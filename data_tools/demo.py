@@ -35,6 +35,7 @@ from v4e.nouns import Clip
 from v4e.pipelines import EditPipeline, TeacherPipeline
 
 ASSETS = Path(__file__).parents[1] / "v4e" / "assets"
+MODELS = "models.json"
 LOCAL = ("add", "remove", "replace", "recolour", "move")
 SHEET_FRAMES = 5  # of the teacher's clip
 # dB of a decoded frame against its picture: of the world's edits, wan-nano's codec leaves 16 at least, in sketches, and
@@ -162,7 +163,7 @@ def walk(demo: DemoConfig) -> None:
     with writable(demo.root):
         (demo.root / "stages").mkdir(parents=True, exist_ok=True)
         agree(demo.root / "demo.json", asdict(demo))
-        agree(demo.root / "models.json", _models(demo))
+        _remember_models(demo)
         for number, stage in enumerate(STAGES, 1):
             _walk_stage(demo, stage, number)
 
@@ -173,8 +174,15 @@ def check_bundle(demo: DemoConfig) -> None:
         raise CheckpointError("no models `teacher` and `i2v`", where=demo.bundle, fix="train them with `make nano`")
 
 
+def _remember_models(demo: DemoConfig) -> None:
+    """Refuse a bundle that has changed in its place (`make nano`) since the demo was begun."""
+    begun = any((demo.root / "stages").iterdir())
+    if (place := demo.root / MODELS).is_file() or not begun:  # one that is older than this file is taken as it is
+        agree(place, _models(demo))
+
+
 def _models(demo: DemoConfig) -> dict[str, str]:
-    """Hashes of the bundle's, which may change in their place (`make nano`)."""
+    """Hashes of the bundle's."""
     return {"teacher": content_hash(str(demo.teacher)), "i2v": content_hash(str(demo.i2v))}
 
 
@@ -197,7 +205,9 @@ def judge_again(folder: Path, draw: int) -> int:
         DataError: it was made with other models than its bundle holds now.
     """
     demo = replace(_read_demo(folder), output=str(folder))
-    agree(folder / "models.json", _models(demo))
+    if not (folder / MODELS).is_file():
+        raise ConfigError(f"no {MODELS} says which models it was made with", where=str(folder), fix="run a new demo")
+    agree(folder / MODELS, _models(demo))
     again, place = replace(demo, step_counts=(demo.headline,)), folder / f"draw-{draw}"
     results = run.evaluate(cases(again, draw), methods(again), judge, place / "edits", again.batch, again.ranks)
     rows = run.aggregate(results)

@@ -61,7 +61,7 @@ def test_source_makers_teacher_and_target_stand_side_by_side(sheet, monkeypatch)
     latents = torch.randn(2, 2, C, GRID.t, GRID.h, GRID.w)
     edits = {"student": latents[0], "average": latents[1]}
     _, metrics = sheet.show(7, edits)
-    codec, samples = WanCodec.load(str(shared_wan_folder())), sheet._samples
+    codec, samples = WanCodec.load(str(shared_wan_folder()), Ranks().device), sheet._samples
     ends = [s.rollout.end_Cthw.float() for s in samples if s.rollout]
     wanted = {
         name: codec.decode_last(z) for name, z in (edits | ({"teacher": torch.stack(ends)} if ends else {})).items()

@@ -80,7 +80,7 @@ class Triplet:
         try:
             content = read_bytes(path)
         except DataError as error:
-            raise DataError(error.what, where=where, fix="run ingest again") from error
+            raise type(error)(error.what, where=where, fix=error.fix or "run ingest again") from error.__cause__
         if self.hashes and xxh3_128_hexdigest(content) != self.hashes[name]:
             raise DataError("the picture has changed since it was ingested", where=where, fix="run ingest again")
         try:

@@ -35,9 +35,9 @@ class Models:
     """Teacher and codec of a roll-out, loaded when first used: a finished set needs neither."""
 
     def __init__(self, config: RolloutConfig, device: torch.device, team: dist.Team = dist.ALONE) -> None:
-        self.config, self.device, self.team = config, device, team
+        self.config, self.device, self.team = config, _own(device), team
         if device.type == "cuda":
-            torch.cuda.set_device(device)  # what names no device else would go to the first one, on every rank
+            torch.cuda.set_device(self.device)  # what names no device else would go to the first one, on every rank
         if config.onednn:
             require_onednn(device)
         if config.threads:
@@ -137,11 +137,34 @@ class Worker:
         inputs, size = "", (self.grids.student.H, self.grids.student.W)
         try:
             inputs = patiently(partial(self.inputs, triplet))
-            return _Pair(triplet, inputs, triplet.read_source(size), triplet.read_target(size))
+            source, target = (patiently(partial(read, size)) for read in (triplet.read_source, triplet.read_target))
         except Exception as error:
-            if _is_the_machines(error):
+            if self._is_the_machines(error):
                 raise
             return Reject(triplet.id, f"{type(error).__name__}: {error}", inputs)
+        self._good[:] = [triplet]
+        return _Pair(triplet, inputs, source, target)
+
+    @cached_property
+    def _good(self) -> list[Triplet]:
+        """The last one that could be read."""
+        return []
+
+    def _is_the_machines(self, error: Exception) -> bool:
+        """Whether it would befall other triplets as well: a network, a mount that has gone, access to a store.
+
+        A store may also deny a single object, such as one that is not there: then it gives what it gave before.
+        """
+        if isinstance(error, PassingError) or getattr(error.__cause__, "errno", None) in MACHINES_OWN:
+            return True
+        return _is_denied(error) and any(map(self._is_denied_now, self._good))
+
+    def _is_denied_now(self, triplet: Triplet) -> bool:
+        try:
+            self.inputs(triplet)
+        except DataError as error:
+            return _is_denied(error)
+        return False
 
     def _samples(self, pairs: Sequence["_Pair"]) -> list[Sample]:
         items = padded([self._item(pair) for pair in pairs], self.config.batch)
@@ -195,11 +218,14 @@ class Worker:
             return Reject(sample.key, str(error), sample.origin.inputs)
 
 
-def _is_the_machines(error: Exception) -> bool:
-    """Whether it would befall other triplets as well: a network, access to a store, a mount that has gone."""
-    cause = error.__cause__
-    denied = isinstance(cause, PermissionError) and cause.errno is None  # by a store; a file's own has a number
-    return isinstance(error, PassingError) or denied or getattr(cause, "errno", None) in MACHINES_OWN
+def _is_denied(error: Exception) -> bool:
+    return isinstance(error.__cause__, PermissionError)
+
+
+def _own(device: torch.device) -> torch.device:
+    """Of several GPUs this rank's, where the setting names none."""
+    numbered = device.type != "cuda" or device.index is not None
+    return device if numbered else torch.device("cuda", dist.place().local_rank)
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,9 @@ Place = Path | UPath
 T = TypeVar("T")
 
 
+BUSY = (408, 425, 429)  # what http says of a client that may ask again
+
+
 class NotFoundError(DataError):
     """Nothing is there."""
 
@@ -101,7 +104,9 @@ def _in_words(error: Exception, where: object, doing: str) -> DataError:
     if isinstance(error, OSError):
         passes = scheme in BACKENDS and error.errno != errno.EINVAL  # EINVAL: no such range
         return (PassingError if passes else DataError)(f"cannot be {doing}: {_said(error)}", where=at)
-    return PassingError(f"cannot be reached: {_said(error)}", where=at, fix=_access(scheme))
+    refused = 400 <= getattr(error, "status", 0) < 500 and getattr(error, "status", 0) not in BUSY  # of http
+    kind = DataError if refused else PassingError
+    return kind(f"cannot be reached: {_said(error)}", where=at, fix=_access(scheme))
 
 
 def patiently(work: Callable[[], T], pauses: Sequence[float] = PAUSES) -> T:

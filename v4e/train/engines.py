@@ -152,7 +152,6 @@ class Role:
             with self.at_hand(part):
                 optimizer._reassign_or_swap_out_partitioned_parameters(part)
         if whole := optimizer.persistent_parameters:
-            whole[0].partition(whole)
             whole[0].all_gather(whole)
 
     def _let_go(self) -> None:

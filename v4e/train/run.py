@@ -134,12 +134,12 @@ class Run:
         for sentence in self.progress.news:
             self.journal.say(sentence)
         self.progress.news.clear()
-        if last or _due(step, self.loop.save_every):
-            self.save()  # before the sheet, which may fail
         shown = self._validate(step) if last or _due(step, self.loop.sheet_every) else {}
         if numbers or shown:
             self.journal.log(step, {**(numbers or {}), **shown})
         bar.advance(1, **_brief(numbers or {}))
+        if last or _due(step, self.loop.save_every):
+            self.save()  # last, so that what is gone on from has been told
 
     @torch.no_grad()
     def _average(self) -> None:
@@ -254,27 +254,16 @@ def train_recipe(
     ranks = dist.start(recipe.loop.threads)
     with Notice() as notice, Watch(ranks) as watch:
         run = open_run(recipe, make_stream, sheet, resume, ranks, data, work)
-        stopped = _go(run, notice, watch)
-    # Out of the watch: the farewell may take its time, and the other ranks have left.
-    run.journal.close(exit_code=1 if stopped else 0)
-    if stopped:
-        raise stopped
+        try:
+            run.go(notice)
+        except BaseException as error:
+            watch.tell(error)  # before the journal's farewell, which may take its time
+            if run.progress.bad:
+                run.journal.note("bad_steps.json", json.dumps(run.progress.bad, indent=1))
+            run.journal.close(exit_code=1)
+            raise
+    run.journal.close()
     return run.folder / "weights"
-
-
-def _go(run: Run, notice: Notice, watch: Watch) -> PreemptedError | None:
-    """Train; what is returned is that the run was asked to stop and has saved itself."""
-    try:
-        run.go(notice)
-    except PreemptedError as stopped:
-        return stopped
-    except BaseException as error:
-        watch.tell(error)  # before the journal's farewell, which may take its time
-        if run.progress.bad:
-            run.journal.note("bad_steps.json", json.dumps(run.progress.bad, indent=1))
-        run.journal.close(exit_code=1)
-        raise
-    return None
 
 
 def open_run(

@@ -14,7 +14,7 @@ from torch.distributed import TCPStore
 
 from v4e import dist
 from v4e.dist import Ranks
-from v4e.errors import TrainingError, V4EError
+from v4e.errors import PreemptedError, TrainingError, V4EError
 
 BEAT_S = 2.0  # between two signs of life
 SILENCE_S = 35.0  # without one, after which a rank is given up; a node that pages or writes may well lose twenty
@@ -42,13 +42,15 @@ class Watch:
         return self
 
     def __exit__(self, _: type | None, error: BaseException | None, __: TracebackType | None) -> None:
-        self._over.set()
         if self._store is None:
             return
-        if error is None:  # all ranks alike
+        if error is None or isinstance(error, PreemptedError):  # all ranks alike
+            dist.barrier()  # rank 0's farewell may take its time, and the others must be heard until it is here
+            self._over.set()
             self._thread.join()
             dist.barrier()  # rank 0 may leave, and its store with it
             return
+        self._over.set()
         self.tell(error)
         if cause := _caused(error, self._failure(self._store), self._ranks):
             raise cause from error
@@ -57,7 +59,7 @@ class Watch:
 
     def tell(self, error: BaseException) -> None:
         """Let the others know, unless it was one of them that began."""
-        if self._store is None or _lost_contact(error):
+        if self._store is None or isinstance(error, PreemptedError) or _lost_contact(error):
             return
         try:
             self._store.compare_set(FAILED, "", f"{self._ranks.rank} {type(error).__name__}: {error}")
