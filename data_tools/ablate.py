@@ -25,7 +25,7 @@ import torch
 from data_tools import demo, world
 from data_tools.demo import DemoConfig
 from data_tools.ingest import read_triplets
-from data_tools.rollout import TYPES, content_hash
+from data_tools.rollout import TYPES
 from v4e import config as settings_of
 from v4e.data.disk import agree, to_json, writable, write_atomically
 from v4e.data.shards import ShardSet, ShardWriter
@@ -270,7 +270,7 @@ def _lasting(config: AblateConfig) -> dict[str, object]:
     """What may not change from one call to the next: settings, training configs and models, by their content."""
     settings = {k: v for k, v in asdict(config).items() if k not in ("runs", "train_seeds", "keep_models")}
     recipes = {path: _recipe(path) for path in (config.road.recipe, config.road.baseline)}
-    return {**settings, **recipes, "models": [content_hash(str(p)) for p in (config.road.teacher, config.road.i2v)]}
+    return {**settings, **recipes, "models": [*demo.models(config.road).values()]}
 
 
 def _recipe(path: str) -> dict[str, object]:

@@ -178,11 +178,11 @@ def _remember_models(demo: DemoConfig) -> None:
     """Refuse a bundle that has changed in its place (`make nano`) since the demo was begun."""
     begun = any((demo.root / "stages").iterdir())
     if (place := demo.root / MODELS).is_file() or not begun:  # one that is older than this file is taken as it is
-        agree(place, _models(demo))
+        agree(place, models(demo))
 
 
-def _models(demo: DemoConfig) -> dict[str, str]:
-    """Hashes of the bundle's."""
+def models(demo: DemoConfig) -> dict[str, str]:
+    """The bundle's, by their content."""
     return {"teacher": content_hash(str(demo.teacher)), "i2v": content_hash(str(demo.i2v))}
 
 
@@ -207,23 +207,21 @@ def judge_again(folder: Path, draw: int) -> int:
     demo = replace(_read_demo(folder), output=str(folder))
     if not (folder / MODELS).is_file():
         raise ConfigError(f"no {MODELS} says which models it was made with", where=str(folder), fix="run a new demo")
-    agree(folder / MODELS, _models(demo))
+    agree(folder / MODELS, models(demo))
     again, place = replace(demo, step_counts=(demo.headline,)), folder / f"draw-{draw}"
     results = run.evaluate(cases(again, draw), methods(again), judge, place / "edits", again.batch, again.ranks)
     rows = run.aggregate(results)
     note = f"The models of {folder}, on held-out edits of draw {draw}; {demo.per_task} of each task."
     made = Report(tuple(rows), world.TASKS, _outcomes(demo, rows), demo.headline, notes=(note,))
     report.write(made, place)
-    print("\n\n".join([report.overview(made), report.task_table(made), report.bar_table(made.outcomes)]))
-    print(f"\n{_passed(made)}\nreport    {place / 'report.md'}")
+    print(f"{_tables(made)}\n\n{_passed(made)}\nreport    {place / 'report.md'}")
     return 0
 
 
 def _read_demo(folder: Path) -> DemoConfig:
     if not (folder / "report.json").is_file():
         raise ConfigError("no demo has ended here", where=str(folder), fix="name a folder that `v4e demo` has finished")
-    place = folder / "demo.json"
-    return settings_of.of_dict(DemoConfig, json.loads(read_bytes(place)), str(place))
+    return settings_of.load(folder / "demo.json", [], lambda _: DemoConfig, recipe="demo")  # JSON is YAML
 
 
 def _refuse_words(path: str | None, overrides: Sequence[str]) -> None:
@@ -239,11 +237,7 @@ def closing(demo: DemoConfig) -> str:
     return "\n".join(
         [
             "",
-            report.overview(made),
-            "",
-            report.task_table(made),
-            "",
-            report.bar_table(made.outcomes),
+            _tables(made),
             "",
             f"{_passed(made)}; {sum((made.seconds or {}).values()) / 60:.1f} minutes in all",
             f"pictures  {demo.root / 'sheet.png'}, every edit in {demo.root / 'edits'}",
@@ -635,6 +629,10 @@ def _report(demo: DemoConfig) -> Report:
 
 def _outcomes(demo: DemoConfig, rows: Sequence[Row]) -> tuple[Outcome, ...]:
     return report.hold([*bars(demo.headline), *teacher_bars(demo.teacher_steps)], rows)
+
+
+def _tables(made: Report) -> str:
+    return "\n\n".join([report.overview(made), report.task_table(made), report.bar_table(made.outcomes)])
 
 
 def _passed(made: Report) -> str:

@@ -334,7 +334,7 @@ class Stub:
         for name in ("make_triplets", "write_evolutions", "roll_out", "check_shards"):
             monkeypatch.setattr(demo, name, self._stage(name))
         monkeypatch.setattr(demo, "check_bundle", lambda road: None)
-        monkeypatch.setattr(ablate, "content_hash", lambda model: "0" * 16)
+        monkeypatch.setattr(demo, "content_hash", lambda model: "0" * 16)
         monkeypatch.setattr(demo, "train", self._train)
         monkeypatch.setattr(demo, "export", lambda run, out: (out.mkdir(parents=True), str(out))[1])
         monkeypatch.setattr(
@@ -409,7 +409,7 @@ def test_seeds_and_runs_may_be_added_but_other_settings_may_not_change(tmp_path,
     assert told["runs"]["full"]["trainings"] == 2
     with pytest.raises(DataError, match=r"fresh_ratio was 1.0 and is now 2.0"):
         ablate.walk(tiny(tmp_path, fresh_ratio=2.0))
-    monkeypatch.setattr(ablate, "content_hash", lambda model: "1" * 16)
+    monkeypatch.setattr(demo, "content_hash", lambda model: "1" * 16)
     with pytest.raises(DataError, match="models was"):
         ablate.walk(tiny(tmp_path))
 

@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -196,11 +196,6 @@ def build(cls: type[R], tree: DictConfig, overrides: Sequence[str], where: str) 
     except OmegaConfBaseException as error:
         place, key = _culprit(cls, ((tree, where), (words, "command line")))
         raise ConfigError(str(error).splitlines()[0], where=f"{place}, key {key}") from error
-
-
-def of_dict(cls: type[R], values: Mapping[str, Any], where: str) -> R:
-    """The config that :func:`to_dict` gave these values; raises as :func:`load` does."""
-    return build(cls, OmegaConf.create(dict(values)), [], where)
 
 
 def to_dict(config: object) -> dict[str, Any]:

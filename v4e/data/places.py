@@ -34,9 +34,7 @@ PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # seconds before a store is asked agai
 
 Place = Path | UPath
 T = TypeVar("T")
-
-
-BUSY = (408, 425, 429)  # what http says of a client that may ask again
+REFUSED = {*range(400, 500)} - {408, 425, 429}  # what http says of a request that need not be made again
 
 
 class NotFoundError(DataError):
@@ -104,8 +102,7 @@ def _in_words(error: Exception, where: object, doing: str) -> DataError:
     if isinstance(error, OSError):
         passes = scheme in BACKENDS and error.errno != errno.EINVAL  # EINVAL: no such range
         return (PassingError if passes else DataError)(f"cannot be {doing}: {_said(error)}", where=at)
-    refused = 400 <= getattr(error, "status", 0) < 500 and getattr(error, "status", 0) not in BUSY  # of http
-    kind = DataError if refused else PassingError
+    kind = DataError if getattr(error, "status", None) in REFUSED else PassingError
     return kind(f"cannot be reached: {_said(error)}", where=at, fix=_access(scheme))
 
 
