@@ -53,6 +53,7 @@ class DemoConfig:
         recipe, baseline: training configs of the student and of plain flow matching on the same triplets.
         train: ``key=value`` words for both trainings, over those files.
         triplets: edits to train on.
+        tasks: of those edits, in turn.
         per_task: held-out edits of each task to evaluate on.
         validation: held-out edits, others than those, for the training's contact sheets.
         size: pixels of every picture's side.
@@ -75,6 +76,7 @@ class DemoConfig:
     baseline: str = "configs/nano/flow_matching.yaml"
     train: tuple[str, ...] = ()
     triplets: int = 256
+    tasks: tuple[str, ...] = world.SCHEDULE
     per_task: int = 2
     validation: int = 11
     size: int = 64
@@ -156,10 +158,12 @@ def walk(demo: DemoConfig) -> None:
 
     Raises:
         CheckpointError: the bundle is missing.
+        ConfigError: a task is none of the world's.
         DataError: the output folder was begun with other settings or models, or the disk is full.
         TrainingError: a training ended badly.
     """
     check_bundle(demo)
+    check_tasks(demo)
     with writable(demo.root):
         (demo.root / "stages").mkdir(parents=True, exist_ok=True)
         agree(demo.root / "demo.json", asdict(demo))
@@ -172,6 +176,14 @@ def check_bundle(demo: DemoConfig) -> None:
     """CheckpointError when the models are missing."""
     if not (demo.teacher.is_dir() and demo.i2v.is_dir()):
         raise CheckpointError("no models `teacher` and `i2v`", where=demo.bundle, fix="train them with `make nano`")
+
+
+def check_tasks(demo: DemoConfig) -> None:
+    """ConfigError when a task is none of the world's, or there is none."""
+    if unknown := [task for task in demo.tasks if task not in world.TASKS]:
+        raise ConfigError(f"no task `{unknown[0]}`", where="key tasks", fix=f"choose among {', '.join(world.TASKS)}")
+    if not demo.tasks:
+        raise ConfigError("no task to draw triplets of", where="key tasks", fix="leave the key out for all of them")
 
 
 def _remember_models(demo: DemoConfig) -> None:
@@ -278,13 +290,13 @@ def read_done(marker: Path) -> Done:
 
 def make_triplets(demo: DemoConfig) -> str:
     """Draw the world's edits, for training and for contact sheets, and ingest them."""
-    wanted: tuple[tuple[str, world.Split, int], ...] = (
-        ("triplets", "train", demo.triplets),
-        ("validation", "heldout", demo.validation),
+    wanted: tuple[tuple[str, world.Split, int, Sequence[str]], ...] = (
+        ("triplets", "train", demo.triplets, demo.tasks),
+        ("validation", "heldout", demo.validation, world.SCHEDULE),
     )
-    for folder, split, count in wanted:
+    for folder, split, count, tasks in wanted:
         raw = demo.root / folder / "raw"
-        world.write_triplets(raw, count, split, _seed_of(demo, folder), size=demo.size)
+        world.write_triplets(raw, count, split, _seed_of(demo, folder), size=demo.size, tasks=tasks)
         lines = partial(progress, title=f"ingest {folder}", total=count)
         taken = ingest.ingest(raw / "triplets.jsonl", demo.root / folder, (demo.size, demo.size), watch=lines)
     return f"{demo.triplets} edits of {len(world.TRAIN_PHOTOS)} photographs; validation: {taken}"

@@ -10,7 +10,7 @@ Held out are photographs and combinations: the (colour, shape, task) triples of 
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
 from importlib.resources import files
@@ -609,13 +609,25 @@ def _objects(edit: Edit, outcome: Callable[..., Picture]) -> Iterator[tuple[str,
 
 
 def write_triplets(
-    folder: str | Path, count: int, split: Split, seed: int, *, size: int = 64, start: int = 0
+    folder: str | Path,
+    count: int,
+    split: Split,
+    seed: int,
+    *,
+    size: int = 64,
+    start: int = 0,
+    tasks: Sequence[str] = SCHEDULE,
 ) -> list[Edit]:
-    """Write source/, edited/ and mask/ PNGs and, last and atomically, triplets.jsonl; return the edits."""
+    """Write source/, edited/ and mask/ PNGs and, last and atomically, triplets.jsonl; return the edits.
+
+    Args:
+        start: index of the first edit; its task is ``tasks[start % len(tasks)]``, and so on in turn.
+    """
     root = Path(folder)
     for name in ("source", "edited", "mask"):
         (root / name).mkdir(parents=True, exist_ok=True)
-    edits = [draw(seed, start + i, split, size=size) for i in range(count)]
+    indices = range(start, start + count)
+    edits = [draw(seed, i, split, size=size, task=tasks[i % len(tasks)]) for i in indices]
     lines = [json.dumps(_write_one(root, edit, seed)) for edit in edits]
     temporary = root / "triplets.jsonl.tmp"
     try:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from data_tools import demo, world
 from data_tools.demo import DemoConfig
+from data_tools.ingest import read_triplets
 from v4e import journal
 from v4e.dist import Ranks
 from v4e.errors import ConfigError, DataError
@@ -130,6 +131,21 @@ def test_a_demo_is_judged_again_as_it_was_set_up(path, words, tmp_path):
         path = str(tmp_path / path)
     with pytest.raises(ConfigError, match=f"{path or 'per_task=36'}: a demo is judged again as it was set up"):
         demo.main(path, words, draw=1)
+
+
+@pytest.mark.parametrize(("tasks", "says"), [(("add", "repaint"), "no task `repaint`"), ((), "no task to draw")])
+def test_tasks_are_those_of_the_world(tmp_path, tasks, says):
+    with pytest.raises(ConfigError, match=says) as told:
+        demo.walk(DemoConfig(output=str(tmp_path / "demo"), tasks=tasks))
+    assert told.value.where == "key tasks"
+    assert not (tmp_path / "demo").exists()
+
+
+def test_triplets_are_of_the_tasks_that_were_asked_for(tmp_path):
+    road = DemoConfig(output=str(tmp_path), triplets=4, tasks=("replace", "snow", "snow"), validation=3)
+    demo.make_triplets(road)
+    assert [t.task for t in read_triplets(tmp_path / "triplets")] == ["replace", "snow", "snow", "replace"]
+    assert [t.task for t in read_triplets(tmp_path / "validation")] == list(world.SCHEDULE[:3])
 
 
 def test_models_that_changed_in_their_place_are_refused(tmp_path, monkeypatch):

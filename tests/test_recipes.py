@@ -310,6 +310,26 @@ def test_own_states_are_where_the_first_step_leads_and_the_paths_end_stays_the_t
     assert told(made)["velocity"] == told(made)["trajectory"] == told(made)["tail"] == 0
 
 
+def test_own_states_lie_no_lower_than_they_may():
+    recipe, batch, _ = stored(bow=0.0, count=4, own_every=1, own_from=0.7)
+    asked = []
+
+    def student(x, sigma, conditions, taps=()):
+        asked.append(sigma)
+        return (torch.zeros_like(x),)
+
+    for seed in range(20):
+        recipe.losses({"student": student}, batch, draw(4, seed), "student", 0)
+    assert set(torch.cat(asked[1::2]).tolist()) == {level for level in LEVELS[1:].tolist() if level >= 0.7}
+
+
+def test_own_states_above_every_level_are_refused():
+    for fields in ({"own_from": 0.97}, {"few_steps": (1,)}):
+        with pytest.raises(ConfigError, match=r"own_from and few_steps: no level of the grids of \[1.* is between 0"):
+            stored(bow=0.0, own_every=2, **fields)
+        stored(bow=0.0, **fields)  # no own states, nothing to refuse
+
+
 def test_own_states_come_every_so_often_and_leave_flow_matching_alone():
     recipe, batch, _ = stored(bow=0.0, own_every=3)
     student = {"student": stub(torch.zeros_like(batch.clip_BCthw))}

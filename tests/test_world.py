@@ -262,3 +262,9 @@ def test_triplets_on_disk_are_the_edits(tmp_path):
         assert (mask[..., 0] == edit.mask * 255).all()
         assert world.draw(line["seed"], line["index"], line["split"]) == edit
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_triplets_take_the_tasks_in_turn(tmp_path):
+    made = world.write_triplets(tmp_path, 5, "train", 3, start=4, tasks=("replace", "move", "snow"))
+    assert [e.task for e in made] == ["move", "snow", "replace", "move", "snow"]
+    assert [world.draw(3, i, "train", task=e.task) for i, e in enumerate(made, 4)] == made

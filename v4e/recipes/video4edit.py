@@ -79,6 +79,8 @@ class Video4Edit:
         block_every: steps between two with the `block` term, which costs a forward of the teacher.
         own_every: steps between two that train at the student's own states instead of stored ones, which costs a
             forward of the student; 0 for none.
+        own_from: the lowest noise level of those states. Asked to mend its own guess, a student answers with a mean;
+            at stored states further down it keeps the detail that it is shown.
         guidance: scale of the guidance that is distilled; 1 for none. More adds a frozen player, the ``prior``: the
             student's starting weights, told the evolution prompt and the empty one.
         terms: weights and their schedule.
@@ -99,6 +101,7 @@ class Video4Edit:
     teacher_blocks: tuple[int, ...] = ()
     block_every: int = 1
     own_every: int = 0
+    own_from: float = 0.0
     guidance: float = 1.0
     terms: Terms = field(default_factory=Terms)
     temporal_skip: int = 0
@@ -175,6 +178,11 @@ class Video4Edit:
     def _few_levels(self) -> Tensor:
         return flow.union_grid(self.few_steps, self.shift)[:-1].float()
 
+    @property
+    def _own_levels(self) -> Tensor:
+        levels = self._few_levels[1:]
+        return levels[levels >= self.own_from]
+
     def _refuse_unfit(self, rollout: RolloutBatch) -> None:
         """Roll-outs that lack what the terms need would silently train something else."""
         missing = self._few_levels[at_levels(self._few_levels, rollout.sigma_BK[0]) == 0].tolist()
@@ -189,6 +197,12 @@ class Video4Edit:
                 "the roll-outs hold no full states, which the term block needs",
                 where="key terms.block",
                 fix="roll out with keep_full=true, or set terms.block=0",
+            )
+        if self.own_every and not len(self._own_levels):
+            raise ConfigError(
+                f"no level of the grids of {list(self.few_steps)} steps is between {self.own_from} and 1",
+                where="keys own_from and few_steps",
+                fix="lower own_from, add a grid of more steps, or set own_every=0",
             )
 
     def _declare(self, source: str, kind: wan.Kind, fresh_seed: int | None = None):
@@ -224,11 +238,11 @@ class Video4Edit:
         target, whatever the state shows by then: what a first step got wrong, the next ones are to mend.
         """
         noise = draw.normal("own", *batch.clip_BCthw.shape[1:]).to(point.x_BCthw.device)
-        levels = self._few_levels.to(noise.device)
-        sigma_B = levels[1:][draw.integers("own", len(levels) - 1).to(noise.device)]
+        first, own = self._few_levels[0].to(noise.device), self._own_levels.to(noise.device)
+        sigma_B = own[draw.integers("own", len(own)).to(noise.device)]
         with torch.no_grad():
-            v = student(noise, levels[:1].expand(len(noise)), batch.conditions)[0]
-        x = noise + flow.like(sigma_B - levels[0], noise) * v.float()
+            v = student(noise, first.expand(len(noise)), batch.conditions)[0]
+        x = noise + flow.like(sigma_B - first, noise) * v.float()
         mean_v = flow.from_x0(x, point.end_BCthw, sigma_B)
         reached = Point(x, sigma_B, mean_v, point.end_BCthw, torch.full_like(point.kept_B, OWN))
         return choose(point.kept_B >= 0, reached, point)
