@@ -31,8 +31,13 @@ checks: $(READY)
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest tests/test_house.py
 
+# The tasks of the student's triplets, in turn: each as often as it is hard.
+STUDENT_TASKS := add,replace,remove,recolour,replace,move,background,sketch,replace,remove,add,grayscale,recolour,$\
+	remove,replace,sepia,move,add,background,night,remove,replace,recolour,sketch,snow
+
 student: $(READY)
-	$(BIN)/v4e demo output=runs/long triplets=4096 steps=2400 compute_ratio=2.1 per_task=36 'train=[zero_stage=1]' $(ARGS)
+	$(BIN)/v4e demo output=runs/long recipe=configs/nano/video4edit_long.yaml triplets=8192 'tasks=[$(STUDENT_TASKS)]' \
+		compute_ratio=2 per_task=36 'train=[zero_stage=1]' $(ARGS)
 
 nano: $(READY)
 	$(BIN)/python -m data_tools.nano $(ARGS)
