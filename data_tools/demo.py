@@ -550,14 +550,14 @@ def _clip(picture: np.ndarray) -> Clip:
 
 def _draw(seed: int, task: str, number: int, size: int) -> world.Edit:
     """The number-th held-out edit of a task; its key holds seed and index, so that it can be drawn again."""
-    return world.draw(seed, 1000 * world.TASKS.index(task) + number, "heldout", size=size, task=task)
+    return world.draw(seed, 1000 * world.TASKS.index(task) + number, "heldout", size=size, tasks=(task,))
 
 
 @cache
 def _edit_of(key: str, task: str, size: int) -> world.Edit:
     """The edit that :func:`_draw` gave this key."""
     _, seed, index = key.split("-")
-    return world.draw(int(seed), int(index), "heldout", size=size, task=task)
+    return world.draw(int(seed), int(index), "heldout", size=size, tasks=(task,))
 
 
 def _seed_of(demo: DemoConfig, purpose: str) -> int:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from v4e import dist
 from v4e.config import Loop, flat
-from v4e.data.disk import flush
+from v4e.data.disk import flush, share
 from v4e.dist import Ranks
 from v4e.errors import CheckpointError, TrainingError
 from v4e.train.engines import Cast
@@ -214,6 +214,7 @@ def _save_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """TrainingError where the disk does not take it, as is found on one machine and not on the others."""
     try:
         save_file(dict(tensors), path)
+        share(path)
         flush(path)
     except (OSError, SafetensorError) as error:
         fix = "make room; the same command goes on from the last checkpoint"

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from v4e import __version__, dist
 from v4e.config import Loop, flat, to_dict
+from v4e.data.disk import share
 from v4e.dist import Ranks
 from v4e.errors import CheckpointError, ConfigError, PreemptedError
 from v4e.journal import Bar, Journal, revision
@@ -227,6 +228,7 @@ class _Writer:
     def _spill(self) -> None:
         file = self._folder / f".{self._stem}.{len(self._files)}.partial"
         save_file(self._held, file)
+        share(file)
         self._files.append(file)
         self._held = {}
 
