@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import median
 
 import pytest
+from packaging.requirements import Requirement
 
 from v4e import config
 from v4e.recipes import TABLE, pick
@@ -217,6 +218,19 @@ def cli_words(line: str) -> list[str]:
         if marker in words and (marker == "v4e.cli" or words[0] == marker):
             return words[words.index(marker) + 1 :]
     return []
+
+
+def test_what_is_pinned_is_in_the_tested_ranges():
+    pins = dict(re.findall(r"^([\w.-]+)(?:\[\w+\])?==([\w.]+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+    pins |= dict(re.findall(r"^([\w.-]+)==([\w.]+)", (ROOT / "constraints-app.txt").read_text(), re.MULTILINE))
+    ranges = [
+        Requirement(text) for text in re.findall(r'"([a-z][\w-]*(?:\[\w+\])?>=[^"]+)"', (ROOT / "setup.py").read_text())
+    ]
+    asked = [
+        each for each in ranges if each.name != "xformers" and "v4e" not in each.name
+    ]  # xformers wants a GPU's torch
+    assert len(asked) > 30
+    assert [str(each) for each in asked if not each.specifier.contains(pins[each.name], prereleases=True)] == []
 
 
 def test_console_scripts_find_their_packages():

@@ -319,7 +319,7 @@ def _start(folder: Path, resume: str, ranks: Ranks) -> tuple[Path | None, list[s
         return _named_checkpoint(Path(resume), ranks), []
     found, complaints = checkpoint.find(folder / "checkpoints", ranks)
     if complaints and not found:
-        raise CheckpointError("; ".join(complaints), fix="no whole one is left: start anew with resume=never")
+        raise CheckpointError("; ".join(complaints), fix="no whole one is left: start anew with --resume never")
     return found, complaints
 
 
