@@ -340,7 +340,8 @@ def check_shards(demo: DemoConfig) -> str:
     watch = partial(progress, title="verify")
     found = verify.verify(demo.root / "shards", codec=codec, least_psnr=LEAST_DECODED, watch=watch)
     if found.problems:
-        raise TrainingError("; ".join(found.lines()), where=str(demo.root / "shards"), fix="delete it and run again")
+        fix = f"delete it and {demo.root / 'stages' / 'rollout.json'}, and run again"
+        raise TrainingError("; ".join(found.lines()), where=str(demo.root / "shards"), fix=fix)
     return next(iter(found.lines()))
 
 

@@ -354,6 +354,8 @@ def test_damaged_pictures_are_quarantined_and_the_others_rolled(own, tmp_path, m
     with pytest.raises(DataError, match=r"2 of 5 triplets could not be used.*t2"):
         rollout(rows, tmp_path / "new", settings())
     assert made == []
+    rows[2].source.unlink()  # what cannot be read has not changed
+    rollout(rows, tmp_path / "new", config)
     picture(57).save(rows[2].source)
     with pytest.raises(DataError, match="t2: was of no use, and has changed"):
         rollout(rows, tmp_path / "new", config)
@@ -729,6 +731,19 @@ def test_what_is_packed_is_counted_by_its_statistics_each_read_once(own):
     assert spool.tally() == wanted
     sheets[0].write_text("{")
     assert spool.tally() == wanted
+    spool.claims.close()
+
+
+def test_no_manifest_tells_of_a_shard_that_another_rank_takes_apart_meanwhile(own, monkeypatch):
+    """This rank has just seen all shards whole, when the other one drops a unit to do it again."""
+    rows, folder = read_triplets(own[0]), own[1]
+    spool = Spool(folder, Plan(rows, 2, 1), read_manifest(folder)[0], torch.float32)
+    looks = [lambda: set(spool.plan.shards), spool._packed]
+    spool.drop(0)
+    assert not (folder / "manifest.json").exists()
+    monkeypatch.setattr(spool, "_packed", lambda: looks.pop(0)())
+    assert not spool.finish()
+    assert looks == [] and not (folder / "manifest.json").exists()
     spool.claims.close()
 
 

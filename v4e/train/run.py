@@ -25,7 +25,7 @@ from v4e.nouns import seed_of
 from v4e.train import checkpoint
 from v4e.train.engines import Cast, Role, accumulation, cast, export_adapters, export_weights, worn
 from v4e.train.guards import Notice
-from v4e.train.loop import After, Progress, quarantined, train
+from v4e.train.loop import After, Progress, due, quarantined, train
 from v4e.train.meter import Work
 from v4e.train.watch import Watch
 from v4e.verbs import Backbone, Recipe, Stream
@@ -83,6 +83,8 @@ class Run:
             PreemptedError: it did.
             TrainingError: see :func:`v4e.train.loop.train`.
         """
+        if self.progress.step < self.loop.steps:
+            _set_aside(self.folder / "weights", self.ranks)  # of an earlier end: no export may take them for this one's
         with self.journal.bar("train", self.loop.steps, self.progress.step) as bar:
             if not self._train(partial(self._after, bar), notice):
                 self._give_way(notice)
@@ -126,7 +128,7 @@ class Run:
         raise PreemptedError(
             f"stopped by {notice.heard or 'the signal of another rank'}, saved",
             where=f"step {self.progress.step}",
-            fix="the same command goes on from there",
+            fix="the same command goes on from there, unless it says --resume never",
         )
 
     def _after(self, bar: Bar, numbers: dict[str, float] | None) -> None:
@@ -135,11 +137,11 @@ class Run:
         for sentence in self.progress.news:
             self.journal.say(sentence)
         self.progress.news.clear()
-        shown = self._validate(step) if last or _due(step, self.loop.sheet_every) else {}
+        shown = self._validate(step) if last or due(step, self.loop.sheet_every) else {}
         if numbers or shown:
             self.journal.log(step, {**(numbers or {}), **shown})
         bar.advance(1, **_brief(numbers or {}))
-        if last or _due(step, self.loop.save_every):
+        if last or due(step, self.loop.save_every):
             self.save()  # last, so that what is gone on from has been told
 
     @torch.no_grad()
@@ -314,7 +316,8 @@ def _progress(state: checkpoint.State) -> Progress:
 def _start(folder: Path, resume: str, ranks: Ranks) -> tuple[Path | None, list[str]]:
     """The checkpoint to go on from, and what to say about those passed over."""
     if resume == "never":
-        return _start_anew(folder, ranks), []
+        _set_aside(folder / "checkpoints", ranks)  # a later `auto` must not find them
+        return None, []
     if resume != "auto":
         return _named_checkpoint(Path(resume), ranks), []
     found, complaints = checkpoint.find(folder / "checkpoints", ranks)
@@ -323,12 +326,12 @@ def _start(folder: Path, resume: str, ranks: Ranks) -> tuple[Path | None, list[s
     return found, complaints
 
 
-def _start_anew(folder: Path, ranks: Ranks) -> None:
-    """Set an earlier run's checkpoints aside: a later ``auto`` must not find them."""
-    old = folder / "checkpoints"
-    if ranks.is_main and old.exists():
-        shutil.rmtree(folder / "checkpoints.old", ignore_errors=True)
-        os.replace(old, folder / "checkpoints.old")
+def _set_aside(folder: Path, ranks: Ranks) -> None:
+    """Give it the ending ``.old``, in the place of what has it."""
+    old = folder.with_name(f"{folder.name}.old")
+    if ranks.is_main and folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(folder, old)
     dist.barrier()
 
 
@@ -359,10 +362,6 @@ def _journal(recipe: Recipe, step: int | None, ranks: Ranks, players: Cast, data
     for name, role in players.roles.items():
         journal.note(f"deepspeed_{name}.json", role.settings)
     return journal
-
-
-def _due(step: int, every: int) -> bool:
-    return bool(every) and step % every == 0
 
 
 def _brief(numbers: Mapping[str, float]) -> dict[str, float]:
