@@ -221,10 +221,16 @@ class Spool:
                 remove(manifest)
                 fix = "run v4e-shards verify with --repair, then this command again"
                 raise DataError("a shard is not whole", where=shown(self.folder), fix=fix)
-            for name in names(self.folder / UNITS):  # of ranks that were killed
-                if name.startswith(TEMPORARY):
-                    remove(self.folder / UNITS / name)
+            self._tidy()
         return True
+
+    def _tidy(self) -> None:
+        """Remove what ranks that were killed had begun."""
+        begun = [self.folder / UNITS / name for name in names(self.folder / UNITS) if name.startswith(TEMPORARY)]
+        if self.claims.work or is_remote(self.folder):  # else somebody may still be at it, of no use though it be
+            begun += scratch(self.folder).glob(f"{TEMPORARY}000-*")
+        for path in begun:
+            remove(path)
 
     # Details -------------------------------------------------------------------------------------------------------
 
