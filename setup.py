@@ -49,7 +49,7 @@ setup(
         "s3": ["s3fs>=2025.3"],
         "gs": ["gcsfs>=2026.3"],
         "http": ["aiohttp>=3.9"],
-        "world": ["scikit-image>=0.26,<0.27", "scikit-learn>=1.8,<1.9", "scipy>=1.15"],
+        "world": ["scikit-image>=0.26,<0.27", "scikit-learn>=1.9,<1.10", "scipy>=1.15"],
         "dev": [
             "pytest>=9",
             "hypothesis>=6.150",

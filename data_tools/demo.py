@@ -340,7 +340,8 @@ def check_shards(demo: DemoConfig) -> str:
     watch = partial(progress, title="verify")
     found = verify.verify(demo.root / "shards", codec=codec, least_psnr=LEAST_DECODED, watch=watch)
     if found.problems:
-        raise TrainingError("; ".join(found.lines()), where=str(demo.root / "shards"), fix="delete it and run again")
+        fix = f"delete it and {demo.root / 'stages' / 'rollout.json'}, and run again"
+        raise TrainingError("; ".join(found.lines()), where=str(demo.root / "shards"), fix=fix)
     return next(iter(found.lines()))
 
 
@@ -550,14 +551,14 @@ def _clip(picture: np.ndarray) -> Clip:
 
 def _draw(seed: int, task: str, number: int, size: int) -> world.Edit:
     """The number-th held-out edit of a task; its key holds seed and index, so that it can be drawn again."""
-    return world.draw(seed, 1000 * world.TASKS.index(task) + number, "heldout", size=size, task=task)
+    return world.draw(seed, 1000 * world.TASKS.index(task) + number, "heldout", size=size, tasks=(task,))
 
 
 @cache
 def _edit_of(key: str, task: str, size: int) -> world.Edit:
     """The edit that :func:`_draw` gave this key."""
     _, seed, index = key.split("-")
-    return world.draw(int(seed), int(index), "heldout", size=size, task=task)
+    return world.draw(int(seed), int(index), "heldout", size=size, tasks=(task,))
 
 
 def _seed_of(demo: DemoConfig, purpose: str) -> int:

@@ -40,7 +40,7 @@ from data_tools.rollout import TOOL, Evolving, pack_clips
 from data_tools.stopwatch import Stopwatch
 from v4e import flow
 from v4e.data.collate import stack, student_conditions
-from v4e.data.disk import lock
+from v4e.data.disk import lock, share
 from v4e.data.shards import ShardSet
 from v4e.errors import DataError
 from v4e.eval.metrics import LUMA, ROUNDING_ENERGY
@@ -231,8 +231,8 @@ def sketchy_batch(step: int, seed: int) -> Tensor:
     T, B = ((5, 8), (9, 5))[step % 2]
     clips = []
     for index in range(1_500_000 + step * 16, 1_500_000 + step * 16 + B):
-        task = "sketch" if rng.random() < SKETCHES else None
-        edit = world.draw(seed, index, "train", size=SIZE, task=task)
+        tasks = ("sketch",) if rng.random() < SKETCHES else world.SCHEDULE
+        edit = world.draw(seed, index, "train", size=SIZE, tasks=tasks)
         clips.append(_quarter(vae_clip(rng.random(), edit, T), rng))
     return to_float(clips)
 
@@ -656,7 +656,7 @@ MODEL_INDEX = {
 def evolving(seed: int, clips: Clips) -> Iterator[Evolving]:
     """Training clips with their captions; every set has its own."""
     for index in range(clips.offset, clips.offset + clips.count):
-        edit = world.draw(seed, index, "train", size=SIZE, task=clips.tasks[index % len(clips.tasks)])
+        edit = world.draw(seed, index, "train", size=SIZE, tasks=clips.tasks)
         clip = Clip(torch.from_numpy(edit.clip(FRAMES[clips.model])))
         yield Evolving(edit.key, clip, edit.evolution, edit.instruction, edit.task)
 
@@ -732,7 +732,7 @@ class Estimates:
 
     def _edit(self, key: str) -> world.Edit:
         index = int(key.rpartition("-")[2])
-        return world.draw(self.seed, index, "train", size=SIZE, task=self.clips.tasks[index % len(self.clips.tasks)])
+        return world.draw(self.seed, index, "train", size=SIZE, tasks=self.clips.tasks)
 
 
 def train_on_estimates(work: Path, seed: int) -> None:
@@ -797,6 +797,7 @@ def ship(model: Path, out: Path) -> None:
     shutil.copytree(model, out)
     for file in out.glob("*/*.safetensors"):
         save_file({k: v.bfloat16() for k, v in load_file(file).items()}, file, {"format": "pt"})
+        share(file)
 
 
 CARD_TEXT = """---

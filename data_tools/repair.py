@@ -125,7 +125,7 @@ def _refuse_too_many(dropped: int, samples: int, most: float, folder: Place) -> 
         raise DataError(
             f"{dropped} of {samples} samples would be dropped, which is more than the share of {most:g}",
             where=str(folder),
-            fix="nothing was changed; is the disk well? allow it with --most-dropped 1",
+            fix="nothing was dropped; is the disk well? allow it with --most-dropped 1",
         )
 
 
@@ -194,8 +194,15 @@ def _salvage(folder: Place, meta: SetMeta, shard: ShardInfo, known: Iterable[Pro
     alone = replace(shard, samples=len(index), bytes=size, index=digest)
     found = [p for _, problems in check_samples(ShardSet(folder, meta, [alone])) for p in problems]
     found += [p for p in known if p.kind == "decode" and p.shard == shard.name]
+    _refuse_unread(found)
     bad = {p.row: p for p in found if p.row >= 0 and p.kind != "tar structure"}
     return Salvage(alone, index, bad, size != shard.bytes or any(p.kind == "tar structure" for p in found))
+
+
+def _refuse_unread(found: Iterable[Problem]) -> None:
+    """What the disk or the store would not give this time may well be good."""
+    if unread := next((p for p in found if p.kind in WITHOUT_EVIDENCE), None):
+        raise DataError(f"{unread.detail}; nothing was dropped", fix="run the same command again")
 
 
 def _keep_one_of_each(

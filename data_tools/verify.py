@@ -483,7 +483,9 @@ def is_ingested(folder: Place) -> bool:
 
 def _verify_edits(folder: Place, args: argparse.Namespace) -> int:
     if args.codec or args.repair:
-        raise ConfigError("--codec and --repair are for shards", where=str(folder), fix="to mend edits, ingest again")
+        raise ConfigError(
+            "--codec and --repair are for shards", where=str(folder), fix="docs/ingest.md says how edits are mended"
+        )
     total = count(str(folder / LIST))
     found = [*verify_triplets(folder, workers=args.workers, watch=lambda lines: progress(lines, "verify", total=total))]
     print("\n".join([*_first(found), f"{len(found)} faults in {folder / LIST} and its pictures"]))

@@ -470,10 +470,10 @@ def is_held_out(thing: Thing, task: str) -> bool:
     return (colour + 2 * shape + TASKS.index(task)) % 6 == 0
 
 
-def draw(seed: int, index: int, split: Split, *, size: int = 64, task: str | None = None) -> Edit:
-    """The edit with this index: a pure function of its arguments."""
+def draw(seed: int, index: int, split: Split, *, size: int = 64, tasks: Sequence[str] = SCHEDULE) -> Edit:
+    """The edit with this index, its task taken from ``tasks`` in turn: a pure function of its arguments."""
     rng = np.random.default_rng([seed, index, split == "heldout"])
-    task = task or SCHEDULE[index % len(SCHEDULE)]
+    task = tasks[index % len(tasks)]
     crop = _draw_crop(rng, split, size)
     rest, subject, result, scene = _draw_change(rng, split, task, size)
     key = f"{split}-{seed}-{index:06d}"
@@ -621,13 +621,14 @@ def write_triplets(
     """Write source/, edited/ and mask/ PNGs and, last and atomically, triplets.jsonl; return the edits.
 
     Args:
-        start: index of the first edit; its task is ``tasks[start % len(tasks)]``, and so on in turn.
+        start: index of the first edit.
+        tasks: taken in turn, as in :func:`draw`.
     """
     root = Path(folder)
     for name in ("source", "edited", "mask"):
         (root / name).mkdir(parents=True, exist_ok=True)
     indices = range(start, start + count)
-    edits = [draw(seed, i, split, size=size, task=tasks[i % len(tasks)]) for i in indices]
+    edits = [draw(seed, i, split, size=size, tasks=tasks) for i in indices]
     lines = [json.dumps(_write_one(root, edit, seed)) for edit in edits]
     temporary = root / "triplets.jsonl.tmp"
     try:

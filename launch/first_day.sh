@@ -11,8 +11,8 @@
 #   --rolling "steps=50"   settings of v4e-shards rollout          --dtype fp32    of the comparisons, or bf16
 #   --tolerance 0          of the comparisons, as a share of the largest value: what is taken for rounding
 #   --original-student FOLDER, --original-teacher FOLDER           the same models in their authors' format
-# Edits, prompts, roll-outs and training go on where they stopped; other stages are done again. One that means stop ends
-# with a code other than 0, and so does the script.
+# Edits, prompts, roll-outs and training go on where they stopped; other stages are done again. One that finds
+# something wrong ends with a code other than 0, and so does the script; after 1, 4, 5 and 6 it is you who has to look.
 set -euo pipefail
 
 usage() { sed -n '2,17s/^# \{0,1\}//p' "$0" >&2; exit 2; }

@@ -44,6 +44,7 @@ job() {  # on the first node: one task on each, then requeue what was asked to s
   first="$(scontrol show hostnames "$SLURM_JOB_NODELIST")"
   first="${first%%$'\n'*}"  # a pipe into head may kill scontrol, and pipefail this job
   port=$(( 20000 + SLURM_JOB_ID % 20000 ))
+  (( ${SLURM_RESTART_COUNT:-0} == 0 )) || set -- "$@" --resume auto  # began anew, it would lose what it saved
   # --wait ends the other nodes a minute after one has failed; at once would hide the codes of those that are saving.
   srun --ntasks-per-node 1 --kill-on-bad-exit=0 --wait 60 \
     launch/slurm.sh --node "$ranks" "$device" "$first" "$port" "$@" || code=$?

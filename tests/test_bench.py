@@ -46,8 +46,10 @@ def test_a_report_keeps_other_figures_and_fails_below_a_bar(tmp_path, monkeypatc
     made = {"rolling": {"rollout_speedup": [3.0, 5.0, 4.5]}, "feeding": {"data_wait": 0.5}}
     monkeypatch.setattr(bench, "_alone", lambda name: made[name])
     monkeypatch.setattr(bench, "PAGE", tmp_path / "page.md")
-    (tmp_path / "page.md").write_text(f"{bench.BEGIN}{bench.END}")
+    monkeypatch.setattr(bench, "FIGURES", {name: bench.FIGURES[name] for name in ("rollout_speedup", "data_wait")})
+    (tmp_path / "page.md").write_text(f"{bench.BEGIN}other rows{bench.END}")
     assert bench.report(["rolling"], tmp_path) == 0
+    assert "other rows" in (tmp_path / "page.md").read_text()  # a few alone do not take them away
     assert bench.report(["feeding"], tmp_path) == 1
     told = json.loads((tmp_path / "report.json").read_text())
     assert told["figures"] == {"rollout_speedup": 4.5, "data_wait": 0.5}

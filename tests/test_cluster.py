@@ -62,4 +62,6 @@ def test_a_disk_that_takes_no_checkpoint_is_told_in_a_sentence(tmp_path):
             _save_file(tmp_path / "rank_00001_000.safetensors", {"x": torch.zeros(1000)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    _save_file(tmp_path / "rank_00001_000.safetensors", {"x": torch.zeros(1000)})
+    file = tmp_path / "rank_00001_000.safetensors"
+    _save_file(file, {"x": torch.zeros(1000)})
+    assert file.stat().st_mode & 0o777 == tmp_path.stat().st_mode & 0o666  # whoever may read the folder goes on from it

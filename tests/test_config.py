@@ -130,6 +130,13 @@ def test_a_wrong_type_in_a_file_names_the_file(tmp_path):
     assert told.value.where == f"{tmp_path / 'knobs.yaml'}, key optim.betas"
 
 
+def test_a_word_whose_quotes_the_shell_took(tmp_path):
+    word = "optim.betas=[*.to_q,0.9]"  # to YAML a bare star is the name of an alias
+    with pytest.raises(ConfigError, match="quote the word as a whole") as told:
+        load("", tmp_path, "shift=2", word)
+    assert told.value.where == "command line" and repr(word) in str(told.value)
+
+
 def test_a_word_without_a_value(tmp_path):
     with pytest.raises(ConfigError, match="'loop.steps' is not of the form key=value"):
         load("", tmp_path, "loop.steps")

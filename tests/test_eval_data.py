@@ -118,7 +118,7 @@ def found_in_the_world() -> tuple[float, float]:
     shares = list[tuple[float, float]]()
     for task in ("add", "remove", "replace", "recolour", "move"):
         for number in range(4):
-            edit = world.draw(5, number, "heldout", size=128, task=task)
+            edit = world.draw(5, number, "heldout", size=128, tasks=(task,))
             truth = torch.from_numpy(edit.mask)
             mask = metrics.edit_mask(torch.from_numpy(edit.source), torch.from_numpy(as_jpeg(edit.target)))
             shares.append((((mask & truth).sum() / truth.sum()).item(), (mask & ~truth).double().mean().item()))

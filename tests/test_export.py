@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,6 +129,17 @@ def test_an_earlier_export_is_replaced_but_nothing_else(tmp_path):
     with pytest.raises(CheckpointError, match="precious"):
         export_run(run, tmp_path / "precious")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["precious", "run", "student"]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_whoever_may_read_the_folder_may_read_the_weights(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        out = export_run(a_run(tmp_path / "run"), tmp_path / "student")
+    finally:
+        os.umask(before)
+    modes = {p.relative_to(out): p.stat().st_mode & 0o777 for p in (out / "transformer").iterdir()}
+    assert modes == {Path("transformer/config.json"): mode, Path("transformer") / NAME: mode}
 
 
 def test_other_frames_are_an_error_and_leave_nothing(tmp_path, monkeypatch):

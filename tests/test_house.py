@@ -9,6 +9,8 @@ from pathlib import Path
 from statistics import median
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from v4e import config
 from v4e.recipes import TABLE, pick
@@ -217,6 +219,21 @@ def cli_words(line: str) -> list[str]:
         if marker in words and (marker == "v4e.cli" or words[0] == marker):
             return words[words.index(marker) + 1 :]
     return []
+
+
+def test_what_is_pinned_is_in_the_tested_ranges():
+    files = [(ROOT / name).read_text() for name in ("constraints.txt", "constraints-app.txt")]
+    pins = {
+        canonicalize_name(k): v
+        for text in files
+        for k, v in re.findall(r"^([\w.-]+)(?:\[\w+\])?==([\w.]+)", text, re.M)
+    }
+    asked = [
+        Requirement(each) for each in re.findall(r'"([a-z][\w-]*(?:\[\w+\])?>=[^"]+)"', (ROOT / "setup.py").read_text())
+    ]
+    held = [each for each in asked if each.name in pins]
+    assert [each.name for each in asked if each not in held] == ["xformers"]  # which wants a GPU's torch
+    assert [str(each) for each in held if not each.specifier.contains(pins[each.name], prereleases=True)] == []
 
 
 def test_console_scripts_find_their_packages():

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from v4e import cli
+
 ROOT = Path(__file__).parents[1]
 CONFIG = ["configs/nano/video4edit.yaml", "loop.data=/a b", "loop.output=runs/x"]
 TRAIN = ["--no_local_rank", "--module", "v4e.cli", "train", *CONFIG]
@@ -175,10 +177,10 @@ def cluster(tmp_path):
     return bin, log
 
 
-def run_job(cluster, code: int) -> tuple[int, list[str]]:
+def run_job(cluster, code: int, *words: str, **more: str) -> tuple[int, list[str]]:
     bin, log = cluster
-    job = {"SLURM_JOB_ID": "20007", "SLURM_JOB_NODELIST": "n[1-2]", "CODE": str(code)}
-    done = launch("slurm.sh", "--job", "4", "cpu", *CONFIG, path=bin, **job)
+    job = {"SLURM_JOB_ID": "20007", "SLURM_JOB_NODELIST": "n[1-2]", "CODE": str(code)} | more
+    done = launch("slurm.sh", "--job", "4", "cpu", *CONFIG, *words, path=bin, **job)
     return done.returncode, log.read_text().splitlines()
 
 
@@ -199,6 +201,13 @@ def test_only_what_was_asked_to_stop_is_requeued(cluster, code, again):
     ended, lines = run_job(cluster, code)
     assert ended == code
     assert lines.count("scontrol requeue 20007") == again
+
+
+def test_a_job_that_was_requeued_goes_on_though_it_was_to_begin_anew(cluster):
+    _, lines = run_job(cluster, 0, "--resume", "never", SLURM_RESTART_COUNT="1")
+    (words, _) = (line.split()[line.split().index("train") :] for line in lines if line.startswith("deepspeed"))
+    assert cli.parser().parse_args(words).resume == "auto"
+    assert not any("--resume auto" in line for line in run_job(cluster, 0, SLURM_RESTART_COUNT="0")[1][len(lines) :])
 
 
 LAUNCHERS = sorted(

@@ -148,7 +148,7 @@ def test_the_bundle_is_small_and_in_bf16():
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_stock_diffusers_runs_what_is_shipped(name):
-    edit = world.draw(7, 0, "heldout", size=64, task="night")
+    edit = world.draw(7, 0, "heldout", size=64, tasks=("night",))
     first, last = (Image.fromarray(image.transpose(1, 2, 0)) for image in (edit.source, edit.target))
     stock = WanImageToVideoPipeline.from_pretrained(NANO / name)
     ends = {"last_image": last} if name == "teacher" else {}
@@ -160,7 +160,7 @@ def test_stock_diffusers_runs_what_is_shipped(name):
 
 def test_the_shipped_student_edits():
     """Held-out photographs of a draw that no report uses, one sampling seed: more is asked by `make student`."""
-    edits = [world.draw(8, i, "heldout", size=64, task=task) for i, task in enumerate(("night", "grayscale", "add"))]
+    edits = [world.draw(8, i, "heldout", tasks=(task,)) for i, task in enumerate(("night", "grayscale", "add"))]
     student = EditPipeline.from_pretrained(NANO / "student")
     sources = [Clip(torch.from_numpy(edit.source)[None]) for edit in edits]
     made = student.edit_batch(sources, [edit.instruction for edit in edits], seeds=[0, 1, 2], steps=4, batch=3)

@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,8 +14,9 @@ from test_engines import seal
 from test_train import SMALL, checkpoints, damage, weights
 from toy_training import Toy, ToyStream, launch, toy
 
-from v4e import dist, journal
+from v4e import config, dist, journal
 from v4e.errors import CheckpointError, PreemptedError, TrainingError
+from v4e.recipes import pick
 from v4e.train import checkpoint
 from v4e.train.fragments import Archive
 from v4e.train.run import Run, open_run, train_recipe
@@ -87,6 +89,50 @@ def test_a_longer_run_is_the_same_run_while_its_learning_rates_are(half):
     assert opened(half, "shards-a", steps=9).progress.step == 4
     with pytest.raises(CheckpointError, match=r"loop.steps was 6 and is now 4"):
         opened(half, "shards-a", steps=4)
+
+
+def test_a_longer_run_is_another_where_its_terms_were_weighted_otherwise(half, monkeypatch):
+    by_length = {"velocity": lambda self, step: step / self.loop.steps, "block": lambda self, step: 1.0}
+    told = lambda self, step: {name: weight(self, step) for name, weight in by_length.items()}  # noqa: E731
+    monkeypatch.setattr(type(half), "weights_at", told)
+    with pytest.raises(CheckpointError, match=r"loop.steps was 6 and is now 9"):
+        opened(half, "shards-a", steps=9)
+    assert opened(half, "shards-a", steps=9, allow_change=("loop.steps",)).progress.step == 4
+
+
+@pytest.mark.parametrize(("step", "same"), [(9, True), (10, True), (12, False), (60, False)])
+def test_video4edit_may_be_prolonged_until_its_hand_over_begins(step, same, tmp_path):
+    recipe = config.load("configs/nano/video4edit.yaml", ["loop.steps=100", "loop.schedule.kind=constant"], pick)
+    longer = replace(recipe, loop=replace(recipe.loop, steps=200))
+    before, now = (checkpoint.State(step, 2, config.flat(each), "", checkpoint.FORMAT) for each in (recipe, longer))
+    with nullcontext() if same else pytest.raises(CheckpointError, match="loop.steps was 100 and is now 200"):
+        checkpoint.agree(before, now, longer, tmp_path)
+
+
+def test_weights_of_an_earlier_end_are_set_aside_when_there_is_more_to_do(half):
+    weights = Path(half.loop.output) / "weights"
+    train(half, "shards-a")
+    ended = {p.name: p.read_bytes() for p in (weights / "student").iterdir()}
+    train(half, "shards-a")  # nothing is left to do: the same once more
+    assert {p.name: p.read_bytes() for p in (weights / "student").iterdir()} == ended
+    with pytest.raises(PreemptedError, match="step 7"):
+        train(replace(half, loop=replace(half.loop, steps=9, allow_change=("loop.steps",))), "shards-a", "7:0:SIGTERM")
+    assert not weights.exists()  # nothing that an export might take for those of step 7
+    assert {p.name: p.read_bytes() for p in weights.with_name("weights.old").glob("student/*")} == ended
+
+
+def test_what_was_just_saved_stays_below_a_damaged_checkpoint(half):
+    damage(Path(half.loop.output) / "checkpoints/step_0000004/state.json")
+    with pytest.raises(PreemptedError, match="step 3"):
+        train(half, "shards-a", "3:0:SIGTERM")
+    assert "step_0000003" in checkpoints(half)
+    assert opened(half, "shards-a").progress.step == 3
+
+
+@pytest.mark.parametrize(("every", "logged"), [(0, [5]), (2, [2, 4, 5]), (1, [1, 2, 3, 4, 5])])
+def test_steps_that_are_logged(tmp_path, every, logged):
+    train(toy(tmp_path, *SMALL, "loop.steps=5", f"loop.log_every={every}", "zero_stage=0"))
+    assert [row["step"] for row in journal.read(tmp_path) if "student/loss" in row] == logged
 
 
 @pytest.mark.parametrize("name", ["state.json", "COMPLETE.json", "rank_00000_000.safetensors"])

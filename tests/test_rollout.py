@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tracemalloc
 import weakref
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,8 +37,9 @@ from v4e import dist, flow, journal
 from v4e.config import Wandb
 from v4e.data import places
 from v4e.data.collate import collate
+from v4e.data.index import index_path
 from v4e.data.members import unpack
-from v4e.data.shards import ShardSet, read_manifest
+from v4e.data.shards import ShardSet, read_manifest, write_shard
 from v4e.errors import CheckpointError, ConfigError, DataError
 from v4e.models.codec import WanCodec
 from v4e.models.wan import WanBackbone
@@ -354,6 +356,8 @@ def test_damaged_pictures_are_quarantined_and_the_others_rolled(own, tmp_path, m
     with pytest.raises(DataError, match=r"2 of 5 triplets could not be used.*t2"):
         rollout(rows, tmp_path / "new", settings())
     assert made == []
+    rows[2].source.unlink()  # what cannot be read has not changed
+    rollout(rows, tmp_path / "new", config)
     picture(57).save(rows[2].source)
     with pytest.raises(DataError, match="t2: was of no use, and has changed"):
         rollout(rows, tmp_path / "new", config)
@@ -729,6 +733,53 @@ def test_what_is_packed_is_counted_by_its_statistics_each_read_once(own):
     assert spool.tally() == wanted
     sheets[0].write_text("{")
     assert spool.tally() == wanted
+    spool.claims.close()
+
+
+def test_two_that_pack_one_shard_at_once_make_the_same(tmp_path):
+    """Without locks it may happen; the second begins while the first is at it, and ends after it."""
+    samples = [(f"s{n}", "add", {"json": bytes([65 + n]) * 5000}) for n in range(4)]
+    alone, path = tmp_path / "alone/000-000000.tar", tmp_path / "set/000-000000.tar"
+    for folder in (alone.parent, path.parent):
+        folder.mkdir()
+    write_shard(alone, samples)
+
+    def first() -> Iterator[tuple[str, str, dict[str, bytes]]]:
+        yield from samples[:2]
+        write_shard(path, second())
+        yield from samples[2:]
+
+    def second() -> Iterator[tuple[str, str, dict[str, bytes]]]:
+        yield samples[0]
+        assert len(list(path.parent.glob(".tmp-*"))) == 2
+        yield from samples[1:]
+
+    write_shard(path, first())
+    assert path.read_bytes() == alone.read_bytes() and index_path(path).read_bytes() == index_path(alone).read_bytes()
+    assert not list(path.parent.glob(".tmp-*"))
+
+
+def test_what_a_killed_packer_had_begun_is_removed_at_the_end(own):
+    rows, folder = read_triplets(own[0]), own[1]
+    (begun := folder / ".tmp-000-000001.tar-0f").write_bytes(b"half")
+    spool = Spool(folder, Plan(rows, 2, 1), read_manifest(folder)[0], torch.float32)
+    spool.claims.work = False
+    assert spool.finish() and begun.exists()  # without locks somebody may be at it
+    spool.claims.work = True
+    assert spool.finish() and not begun.exists()
+    spool.claims.close()
+
+
+def test_no_manifest_tells_of_a_shard_that_another_rank_takes_apart_meanwhile(own, monkeypatch):
+    """This rank has just seen all shards whole, when the other one drops a unit to do it again."""
+    rows, folder = read_triplets(own[0]), own[1]
+    spool = Spool(folder, Plan(rows, 2, 1), read_manifest(folder)[0], torch.float32)
+    looks = [lambda: set(spool.plan.shards), spool._packed]
+    spool.drop(0)
+    assert not (folder / "manifest.json").exists()
+    monkeypatch.setattr(spool, "_packed", lambda: looks.pop(0)())
+    assert not spool.finish()
+    assert looks == [] and not (folder / "manifest.json").exists()
     spool.claims.close()
 
 

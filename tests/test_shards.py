@@ -272,7 +272,7 @@ def test_a_killed_writer_loses_work_but_spoils_nothing(tmp_path):
         ShardWriter(folder, META, samples_per_shard=3)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    assert list(folder.glob(".tmp-*.tar"))
+    assert list(folder.glob(".tmp-*.tar-*"))
     torn = folder / "000-000001.tar"  # killed between a tar and its index
     torn.write_bytes((whole.folder / torn.name).read_bytes())
     write(folder.parent / "other")

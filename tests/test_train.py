@@ -291,7 +291,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(finished, capsys):
     assert "step_0000006 is damaged" in told
     assert "rank_00000_000.safetensors differs" in told
     (folder / "step_0000004/COMPLETE.json").unlink()
-    with pytest.raises(CheckpointError, match=r"step_0000004 is damaged .no readable COMPLETE.json.*resume=never"):
+    with pytest.raises(CheckpointError, match=r"step_0000004 is damaged .no readable COMPLETE.json.*--resume never"):
         resumed(finished)
 
 

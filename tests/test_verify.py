@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from test_shards import META, Painter, contents, flip, forge, make_sample, painted, read_tar, write
 
+import data_tools.verify as verify_module
 from data_tools.repair import ASIDE, repair
 from data_tools.verify import verify
 from v4e.data.disk import hash_of, to_json
@@ -225,6 +226,25 @@ def test_what_cannot_be_read_is_not_dropped(shards, monkeypatch):
     assert report.counts["unread"] >= 7
     done = repair(shards.folder, report)
     assert done.dropped == [] and len(done.left) == len(report.problems) and len(ShardSet.open(shards.folder)) == 7
+
+
+def test_what_cannot_be_read_while_it_is_mended_is_not_dropped(shards, monkeypatch):
+    """One sample is damaged; while its shard is read again, the store does not give another one."""
+    index = index_of(shards)
+    flip(shards.folder / FIRST, index.member(1, "json").offset + 4)
+    report, before, read = verify(shards.folder), contents(shards.folder), verify_module.read_range
+
+    def reset(path, offset, size):
+        if offset <= index.member(0, "json").offset < offset + size:
+            raise DataError("cannot be read: Connection reset by peer", where=str(path))
+        return read(path, offset, size)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(verify_module, "read_range", reset)
+        with pytest.raises(DataError, match="Connection reset by peer.*; nothing was dropped"):
+            repair(shards.folder, report, most=1)
+    assert contents(shards.folder) == before
+    assert [p.key for p in repair(shards.folder, report, most=1).dropped] == ["s0001"]
 
 
 def test_a_writer_at_work_is_not_disturbed(shards):

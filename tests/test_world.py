@@ -14,8 +14,8 @@ SPLITS = ("train", "heldout")
 KEYS = [(task, split) for task in world.TASKS for split in SPLITS]
 
 
-def edits(split, count, task=None, seed=5):
-    return [world.draw(seed, i, split, task=task) for i in range(count)]
+def edits(split, count, *tasks, seed=5):
+    return [world.draw(seed, i, split, tasks=tasks or world.SCHEDULE) for i in range(count)]
 
 
 def named(edit):
@@ -97,7 +97,7 @@ def test_the_drawing_does_not_drift():
 @pytest.mark.parametrize("size", [32, 96])
 def test_other_sizes(size):
     for task in world.TASKS:
-        edit = world.draw(0, 1, "train", size=size, task=task)
+        edit = world.draw(0, 1, "train", size=size, tasks=(task,))
         assert edit.target.shape == (3, size, size)
         assert not ((edit.source != edit.target).any(0) & ~edit.mask).any()
 
@@ -205,14 +205,14 @@ def test_half_an_edit_is_no_edit(task):
 
 
 def test_the_oracle_names_what_it_sees_instead():
-    recolour = world.draw(0, 1, "heldout", task="recolour")
+    recolour = world.draw(0, 1, "heldout", tasks=("recolour",))
     other = next(c for c in world.COLOURS if c not in (recolour.result.colour, recolour.subject.colour))
     seen = world.judge(recolour, recolour.outcome(replace(recolour.result, colour=other)))
     assert (seen.success, seen.seen) == (False, f"{other} {recolour.result.shape}")
-    move = world.draw(0, 1, "heldout", task="move")
+    move = world.draw(0, 1, "heldout", tasks=("move",))
     assert world.judge(move, move.outcome()).seen == "vanished"
     assert world.judge(move, move.outcome(move.subject, move.result)).seen == "copied"
-    style = world.draw(0, 1, "heldout", task="snow")
+    style = world.draw(0, 1, "heldout", tasks=("snow",))
     assert world.judge(style, style.outcome(style="night")).seen == "night"
 
 
@@ -267,4 +267,4 @@ def test_triplets_on_disk_are_the_edits(tmp_path):
 def test_triplets_take_the_tasks_in_turn(tmp_path):
     made = world.write_triplets(tmp_path, 5, "train", 3, start=4, tasks=("replace", "move", "snow"))
     assert [e.task for e in made] == ["move", "snow", "replace", "move", "snow"]
-    assert [world.draw(3, i, "train", task=e.task) for i, e in enumerate(made, 4)] == made
+    assert [world.draw(3, i, "train", tasks=(e.task,)) for i, e in enumerate(made, 4)] == made

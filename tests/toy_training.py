@@ -102,6 +102,9 @@ class Toy:
     def turns(self, step: int) -> Sequence[str]:
         return ("student",)
 
+    def weights_at(self, step: int) -> Mapping[str, float]:
+        return {"velocity": 1.0, "block": 0.5}
+
     def losses(self, players: Mapping[str, Backbone], batch: ToyBatch, draw: Draw, turn: str, step: int) -> Losses:
         x, sigma = batch.x_BSC + draw.normal("noise", S, C).to(batch.x_BSC), draw.uniform("sigma").to(batch.x_BSC)
         taps = (0, 1)
@@ -113,7 +116,7 @@ class Toy:
         v, *hidden = [((f.float() - w.float()) ** 2).mean() for f, w in zip(found, wanted, strict=True)]
         if self.poison in batch.keys and self.poison_from <= step < self.poison_to:
             v = v * float("nan")
-        return Losses({"velocity": v, "block": torch.stack(hidden).mean()}, {"velocity": 1.0, "block": 0.5})
+        return Losses({"velocity": v, "block": torch.stack(hidden).mean()}, self.weights_at(step))
 
     def _player(self, name: str, seed: int, trains: bool) -> Player:
         build = lambda: Net(self.loop.checkpointing, self.hidden)  # noqa: E731
@@ -130,11 +133,14 @@ class Duo(Toy):
     def turns(self, step: int) -> Sequence[str]:
         return ("student", "critic")
 
+    def weights_at(self, step: int) -> Mapping[str, float]:
+        return {"said": 1.0}
+
     def losses(self, players: Mapping[str, Backbone], batch: ToyBatch, draw: Draw, turn: str, step: int) -> Losses:
         sigma = draw.uniform("sigma")
         made = players["student"](batch.x_BSC, sigma, None)[0]
         said = players["critic"](made if turn == "student" else made.detach(), sigma, None)[0]
-        return Losses({"said": said.mean() if turn == "student" else (said**2).mean()}, {"said": 1.0})
+        return Losses({"said": said.mean() if turn == "student" else (said**2).mean()}, self.weights_at(step))
 
 
 @dataclass(frozen=True)

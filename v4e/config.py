@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from v4e.errors import ConfigError
 
@@ -184,10 +185,7 @@ def load(
 
 def build(cls: type[R], tree: DictConfig, overrides: Sequence[str], where: str) -> R:
     """Merge a tree and dotlist words into the dataclass ``cls``; see :func:`load`."""
-    if bad := next((word for word in overrides if "=" not in word), None):
-        raise ConfigError(f"override {bad!r} is not of the form key=value", where=where)
-    words = OmegaConf.from_dotlist(list(overrides))
-    assert isinstance(words, DictConfig)
+    words = _tree_of(overrides, where)
     for part, origin in ((tree, where), (words, "command line")):
         _refuse_unknown(cls, OmegaConf.to_container(part), origin)
     try:
@@ -196,6 +194,19 @@ def build(cls: type[R], tree: DictConfig, overrides: Sequence[str], where: str) 
     except OmegaConfBaseException as error:
         place, key = _culprit(cls, ((tree, where), (words, "command line")))
         raise ConfigError(str(error).splitlines()[0], where=f"{place}, key {key}") from error
+
+
+def _tree_of(overrides: Sequence[str], where: str) -> DictConfig:
+    tree = OmegaConf.create({})
+    for word in overrides:
+        if "=" not in word:
+            raise ConfigError(f"override {word!r} is not of the form key=value", where=where)
+        try:
+            tree.merge_with_dotlist([word])
+        except (OmegaConfBaseException, YAMLError) as error:
+            fix = "a shell takes quotes away: quote the word as a whole, and inside it what holds a * or a colon"
+            raise ConfigError(f"override {word!r} is not YAML after its =", where="command line", fix=fix) from error
+    return tree
 
 
 def to_dict(config: object) -> dict[str, Any]:

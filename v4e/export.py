@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from v4e.data.disk import flush, writable
+from v4e.data.disk import flush, share, writable
 from v4e.errors import CheckpointError, ConfigError
 from v4e.models.folder import check, locate
 from v4e.models.lora import adapted, added, in_authors_words, in_diffusers_words
@@ -293,8 +293,10 @@ def _appearing(out: Path) -> Iterator[Path]:
 
 
 def _settle(folder: Path) -> None:
-    """Return when all of it is on the disk."""
+    """Return when all of it is on the disk, for everybody who may read the folder."""
     for path in (*folder.rglob("*"), folder):
+        if path.is_file():
+            share(path)
         flush(path)
 
 

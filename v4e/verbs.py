@@ -40,6 +40,10 @@ class Recipe(Protocol):
         """The players that are improved at this step, in order."""
         ...
 
+    def weights_at(self, step: int) -> Mapping[str, float]:
+        """The terms' weights at a step of a run of ``loop.steps``; a run that is prolonged must have had the same."""
+        ...
+
     def losses(self, players: Mapping[str, Backbone], batch: EditBatch, draw: Draw, turn: str, step: int) -> Losses:
         """The terms that improve ``turn`` on this batch."""
         ...

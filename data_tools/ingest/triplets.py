@@ -25,6 +25,7 @@ Y = TypeVar("Y")
 LIST = "triplets.jsonl"
 PICTURES = ("source", "edited", "mask")
 STATE = ("size", "mtime", "ETag", "etag", "LastModified", "last_modified", "md5Hash", "blob_id")
+MEND = "run ingest again; a copy that ingest made is to be deleted first"
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class Triplet:
         except DataError as error:
             raise type(error)(error.what, where=where, fix=error.fix or "run ingest again") from error.__cause__
         if self.hashes and xxh3_128_hexdigest(content) != self.hashes[name]:
-            raise DataError("the picture has changed since it was ingested", where=where, fix="run ingest again")
+            raise DataError("the picture has changed since it was ingested", where=where, fix=MEND)
         try:
             picture, _ = decode(content, max_pixels=1 << 62)  # its pixels were counted when it was taken
         except Rejected as why:
@@ -156,7 +157,7 @@ def from_row(line: bytes, base: Place, where: str) -> Triplet:
     with readable(where):
         row = json.loads(line)
         if (check := row.pop("check", "")) and check != hash_of(to_json(row)):
-            fix = "run ingest again, or take the check out to keep what was changed"
+            fix = "take the line out and run ingest again, or take the check out to keep what was changed"
             raise DataError(f"key {row.get('id')}: not the line that was written", where=where, fix=fix)
         files = {k: base / row[k] if row[k] else None for k in PICTURES}
         size = tuple(row["size"]) if row.get("size") else None

@@ -194,13 +194,19 @@ class Spool:
         """Forget a unit, to be done again; the others of its shard stay safe."""
         shard = self.plan.shard_of(unit)
         with self.claims.take(SHARDS_FROM + shard, wait=True), writable(self.folder):
-            remove(self.folder / "manifest.json")
             others = [u for u in self.plan.units_of(shard) if u != unit]
             if self.is_packed(shard):
                 for other in others:
                     write_atomically(self._path(other), self._from_shard(other, MEMBERS).to_bytes())
-            for path in (index_path(self.tar(shard)), self.tar(shard), self._path(unit)):  # a tar alone is no shard
-                remove(path)
+            tar = self.tar(shard)
+            with self.claims.take(MANIFEST, wait=True):  # nobody may write one meanwhile
+                for path in (
+                    self.folder / "manifest.json",
+                    index_path(tar),
+                    tar,
+                    self._path(unit),
+                ):  # in this order: a tar
+                    remove(path)  # alone is no shard
             self._opened.cache_clear()
 
     def finish(self) -> bool:
@@ -208,15 +214,23 @@ class Spool:
         if len(self._packed()) < len(self.plan.shards):
             return False
         with self.claims.take(MANIFEST, wait=True), writable(self.folder):
+            if len(self._packed()) < len(self.plan.shards):
+                return False  # a unit was dropped meanwhile, by a rank that will do it again
             manifest = self.folder / "manifest.json"
             if not exists(manifest) and len(finish(self.folder).shards) < len(self.plan.shards):
                 remove(manifest)
                 fix = "run v4e-shards verify with --repair, then this command again"
                 raise DataError("a shard is not whole", where=shown(self.folder), fix=fix)
-            for name in names(self.folder / UNITS):  # of ranks that were killed
-                if name.startswith(TEMPORARY):
-                    remove(self.folder / UNITS / name)
+            self._tidy()
         return True
+
+    def _tidy(self) -> None:
+        """Remove what ranks that were killed had begun."""
+        begun = [self.folder / UNITS / name for name in names(self.folder / UNITS) if name.startswith(TEMPORARY)]
+        if self.claims.work or is_remote(self.folder):  # else somebody may still be at it, of no use though it be
+            begun += scratch(self.folder).glob(f"{TEMPORARY}000-*")
+        for path in begun:
+            remove(path)
 
     # Details -------------------------------------------------------------------------------------------------------
 

@@ -113,6 +113,11 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
+def share(path: Path) -> None:
+    """Let whoever may read a file's folder read the file; safetensors writes it for its owner alone."""
+    path.chmod(path.parent.stat().st_mode & 0o666)
+
+
 def agree(path: Place, settings: Mapping[str, object]) -> None:
     """Write settings down when work begins; refuse to go on with others later.
 

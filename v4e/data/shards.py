@@ -18,6 +18,7 @@ from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Literal, overload
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -271,7 +272,10 @@ def tar_header(name: str, size: int) -> bytes:
 
 
 class _Shard:
-    """One tar being written under a temporary name, in the folder itself or, for a URL, in a local one."""
+    """One tar being written under a temporary name, in the folder itself or, for a URL, in a local one.
+
+    The name is nobody else's: two may write one shard at once where there are no locks.
+    """
 
     def __init__(self, path: Place) -> None:
         self.path, self.keys, self.size = path, [], 0
@@ -279,7 +283,7 @@ class _Shard:
         self._quick: list[str] = []
         self._counts, self._tasks = Counter[str](), Counter[str]()
         self._began = time.monotonic()
-        self._temporary = scratch(path.parent) / f"{TEMPORARY}{path.name}"
+        self._temporary = scratch(path.parent) / f"{TEMPORARY}{path.name}-{uuid4().hex}"
         self._placed: list[Place] = []
         self._file = open(self._temporary, "wb", buffering=1 << 20)  # noqa: SIM115  (closed by finish or drop)
 

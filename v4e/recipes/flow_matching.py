@@ -71,6 +71,9 @@ class FlowMatching:
     def turns(self, step: int) -> Sequence[str]:
         return ("student",)
 
+    def weights_at(self, step: int) -> Mapping[str, float]:
+        return {"flow": 1.0}
+
     def losses(self, players: Mapping[str, Backbone], batch: EditBatch, draw: Draw, turn: str, step: int) -> Losses:
         noise = draw.normal("noise", *batch.clip_BCthw.shape[1:]).to(batch.clip_BCthw.device)
         sigma_B = flow.draw_sigma(draw, self.levels, self.shift).to(noise.device)
@@ -79,4 +82,4 @@ class FlowMatching:
         v = players[turn](flow.mix(batch.clip_BCthw, noise, sigma_B), sigma_B, conditions)[0]
         region = losses.region_weight(batch.change_Bthw, self.edit_boost) if self.edit_boost else None
         term = losses.squared(v, flow.velocity(batch.clip_BCthw, noise), batch.weight_B, region)
-        return Losses({"flow": term}, {"flow": 1.0})
+        return Losses({"flow": term}, self.weights_at(step))

@@ -82,7 +82,8 @@ class Video4Edit:
         own_from: the lowest noise level of those states. Asked to mend its own guess, a student answers with a mean;
             at stored states further down it keeps the detail that it is shown.
         guidance: scale of the guidance that is distilled; 1 for none. More adds a frozen player, the ``prior``: the
-            student's starting weights, told the evolution prompt and the empty one.
+            weights of ``student``, also where the student itself begins ``fresh``, told the evolution prompt and the
+            empty one.
         terms: weights and their schedule.
         temporal_skip: latent frames of the clip whose ends the student's two frames are taken for, as ChronoEdit does:
             the teacher's, 21 for 81 frames. 0 keeps the positions of ``student``, in stock Wan 0 and 1.

@@ -10,9 +10,10 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from v4e import dist
 from v4e.config import Loop, flat
-from v4e.data.disk import flush
+from v4e.data.disk import flush, share
 from v4e.dist import Ranks
 from v4e.errors import CheckpointError, TrainingError
 from v4e.train.engines import Cast
@@ -89,7 +90,7 @@ def save(
     hashes = _hash_together(partial, ranks)
     if ranks.is_main:
         _seal(partial, final, hashes)
-        _prune(folder, loop)
+        _prune(folder, state.step, loop)
     dist.barrier()
     return final
 
@@ -140,7 +141,7 @@ def _differences(state: State, now: State, recipe: Recipe) -> Iterator[tuple[str
         yield "format", state.format, now.format
     if state.data != now.data:
         yield "data", state.data, now.data
-    if _past_rates(state, loop, int(state.config["loop.steps"])) != _past_rates(state, loop, loop.steps):
+    if _past(state, recipe, int(state.config["loop.steps"])) != _past(state, recipe, loop.steps):
         yield "loop.steps", state.config["loop.steps"], loop.steps
     # Another number of ranks may want other micro-batches; samples, order and batch stay.
     harmless = HARMLESS if state.world == now.world else (*HARMLESS, "loop.micro_batch")
@@ -150,9 +151,10 @@ def _differences(state: State, now: State, recipe: Recipe) -> Iterator[tuple[str
             yield key, was, new
 
 
-def _past_rates(state: State, loop: Loop, steps: int) -> list[float]:
-    """The learning rates of the steps already done, were the run ``steps`` long."""
-    return [factor(loop.schedule, step, steps) for step in range(state.step)]
+def _past(state: State, recipe: Any, steps: int) -> list[tuple[float, Mapping[str, float]]]:
+    """Learning rate and weights of the terms at the steps already done, were the run ``steps`` long."""
+    so_long: Recipe = replace(recipe, loop=replace(recipe.loop, steps=steps))
+    return [(factor(so_long.loop.schedule, step, steps), so_long.weights_at(step)) for step in range(state.step)]
 
 
 def _is_among(key: str, names: Iterable[str]) -> bool:
@@ -214,6 +216,7 @@ def _save_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """TrainingError where the disk does not take it, as is found on one machine and not on the others."""
     try:
         save_file(dict(tensors), path)
+        share(path)
         flush(path)
     except (OSError, SafetensorError) as error:
         fix = "make room; the same command goes on from the last checkpoint"
@@ -260,9 +263,10 @@ def _seal(partial: Path, final: Path, hashes: Mapping[str, str]) -> None:
     flush(final.parent)
 
 
-def _prune(folder: Path, loop: Loop) -> None:
+def _prune(folder: Path, step: int, loop: Loop) -> None:
+    """Keep the last ones up to the step just saved: what is beyond it was damaged and passed over."""
     for torn in folder.glob(".*.partial"):  # of a process that was killed while writing
         shutil.rmtree(torn, ignore_errors=True)
-    for old in sorted(_listed(folder))[: -max(1, loop.keep_last)]:
+    for old in sorted(p for p in _listed(folder) if step_of(p) <= step)[: -max(1, loop.keep_last)]:
         if not (loop.keep_every and step_of(old) % loop.keep_every == 0):
             shutil.rmtree(old, ignore_errors=True)

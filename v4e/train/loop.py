@@ -123,7 +123,7 @@ def train(
     """
     loop, tally = recipe.loop, Tally()
     while progress.step < loop.steps:
-        tally.ends = (progress.step + 1) % max(1, loop.log_every) == 0 or progress.step + 1 == loop.steps
+        tally.ends = due(progress.step + 1, loop.log_every) or progress.step + 1 == loop.steps
         began = time.perf_counter()
         slices = stream.step(progress.step)
         tally.add("data_wait_s", time.perf_counter() - began)
@@ -141,6 +141,11 @@ def train(
         after(_numbers(tally, progress, cast, stream, loop, work, ranks) if tally.ends else None)
         tally = Tally() if tally.ends else tally
     return True
+
+
+def due(step: int, every: int) -> bool:
+    """Whether it is the turn of what happens every so many steps; 0 is never."""
+    return bool(every) and step % every == 0
 
 
 def _step(

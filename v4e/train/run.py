@@ -17,6 +17,7 @@ from torch import Tensor
 
 from v4e import __version__, dist
 from v4e.config import Loop, flat, to_dict
+from v4e.data.disk import share
 from v4e.dist import Ranks
 from v4e.errors import CheckpointError, ConfigError, PreemptedError
 from v4e.journal import Bar, Journal, revision
@@ -24,7 +25,7 @@ from v4e.nouns import seed_of
 from v4e.train import checkpoint
 from v4e.train.engines import Cast, Role, accumulation, cast, export_adapters, export_weights, worn
 from v4e.train.guards import Notice
-from v4e.train.loop import After, Progress, quarantined, train
+from v4e.train.loop import After, Progress, due, quarantined, train
 from v4e.train.meter import Work
 from v4e.train.watch import Watch
 from v4e.verbs import Backbone, Recipe, Stream
@@ -82,6 +83,8 @@ class Run:
             PreemptedError: it did.
             TrainingError: see :func:`v4e.train.loop.train`.
         """
+        if self.progress.step < self.loop.steps:
+            _set_aside(self.folder / "weights", self.ranks)  # of an earlier end: no export may take them for this one's
         with self.journal.bar("train", self.loop.steps, self.progress.step) as bar:
             if not self._train(partial(self._after, bar), notice):
                 self._give_way(notice)
@@ -125,7 +128,7 @@ class Run:
         raise PreemptedError(
             f"stopped by {notice.heard or 'the signal of another rank'}, saved",
             where=f"step {self.progress.step}",
-            fix="the same command goes on from there",
+            fix="the same command goes on from there, unless it says --resume never",
         )
 
     def _after(self, bar: Bar, numbers: dict[str, float] | None) -> None:
@@ -134,11 +137,11 @@ class Run:
         for sentence in self.progress.news:
             self.journal.say(sentence)
         self.progress.news.clear()
-        shown = self._validate(step) if last or _due(step, self.loop.sheet_every) else {}
+        shown = self._validate(step) if last or due(step, self.loop.sheet_every) else {}
         if numbers or shown:
             self.journal.log(step, {**(numbers or {}), **shown})
         bar.advance(1, **_brief(numbers or {}))
-        if last or _due(step, self.loop.save_every):
+        if last or due(step, self.loop.save_every):
             self.save()  # last, so that what is gone on from has been told
 
     @torch.no_grad()
@@ -227,6 +230,7 @@ class _Writer:
     def _spill(self) -> None:
         file = self._folder / f".{self._stem}.{len(self._files)}.partial"
         save_file(self._held, file)
+        share(file)
         self._files.append(file)
         self._held = {}
 
@@ -312,21 +316,22 @@ def _progress(state: checkpoint.State) -> Progress:
 def _start(folder: Path, resume: str, ranks: Ranks) -> tuple[Path | None, list[str]]:
     """The checkpoint to go on from, and what to say about those passed over."""
     if resume == "never":
-        return _start_anew(folder, ranks), []
+        _set_aside(folder / "checkpoints", ranks)  # a later `auto` must not find them
+        return None, []
     if resume != "auto":
         return _named_checkpoint(Path(resume), ranks), []
     found, complaints = checkpoint.find(folder / "checkpoints", ranks)
     if complaints and not found:
-        raise CheckpointError("; ".join(complaints), fix="no whole one is left: start anew with resume=never")
+        raise CheckpointError("; ".join(complaints), fix="no whole one is left: start anew with --resume never")
     return found, complaints
 
 
-def _start_anew(folder: Path, ranks: Ranks) -> None:
-    """Set an earlier run's checkpoints aside: a later ``auto`` must not find them."""
-    old = folder / "checkpoints"
-    if ranks.is_main and old.exists():
-        shutil.rmtree(folder / "checkpoints.old", ignore_errors=True)
-        os.replace(old, folder / "checkpoints.old")
+def _set_aside(folder: Path, ranks: Ranks) -> None:
+    """Give it the ending ``.old``, in the place of what has it."""
+    old = folder.with_name(f"{folder.name}.old")
+    if ranks.is_main and folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(folder, old)
     dist.barrier()
 
 
@@ -357,10 +362,6 @@ def _journal(recipe: Recipe, step: int | None, ranks: Ranks, players: Cast, data
     for name, role in players.roles.items():
         journal.note(f"deepspeed_{name}.json", role.settings)
     return journal
-
-
-def _due(step: int, every: int) -> bool:
-    return bool(every) and step % every == 0
 
 
 def _brief(numbers: Mapping[str, float]) -> dict[str, float]:
