@@ -627,8 +627,7 @@ def write_triplets(
     root = Path(folder)
     for name in ("source", "edited", "mask"):
         (root / name).mkdir(parents=True, exist_ok=True)
-    indices = range(start, start + count)
-    edits = [draw(seed, i, split, size=size, tasks=tasks) for i in indices]
+    edits = [draw(seed, start + i, split, size=size, tasks=tasks) for i in range(count)]
     lines = [json.dumps(_write_one(root, edit, seed)) for edit in edits]
     temporary = root / "triplets.jsonl.tmp"
     try:

@@ -25,7 +25,6 @@ Y = TypeVar("Y")
 LIST = "triplets.jsonl"
 PICTURES = ("source", "edited", "mask")
 STATE = ("size", "mtime", "ETag", "etag", "LastModified", "last_modified", "md5Hash", "blob_id")
-MEND = "run ingest again; a copy that ingest made is to be deleted first"
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,8 @@ class Triplet:
         except DataError as error:
             raise type(error)(error.what, where=where, fix=error.fix or "run ingest again") from error.__cause__
         if self.hashes and xxh3_128_hexdigest(content) != self.hashes[name]:
-            raise DataError("the picture has changed since it was ingested", where=where, fix=MEND)
+            fix = "run ingest again; a copy that ingest made is to be deleted first"
+            raise DataError("the picture has changed since it was ingested", where=where, fix=fix)
         try:
             picture, _ = decode(content, max_pixels=1 << 62)  # its pixels were counted when it was taken
         except Rejected as why:

@@ -165,10 +165,8 @@ class _Set:
         tried = {r.key: r.inputs for r in outcome.rejects}
         now = {t.id: t for t in self.plan.unit(unit)}
         made = [_difference(before[key], t, self._inputs(t)) for key, t in now.items() if key in before]
-        again = [
-            f"{k}: was of no use, and has changed" for k, old in tried.items() if self._inputs(now[k]) not in ("", old)
-        ]
-        return [*filter(None, made), *again]
+        again = [key for key, old in tried.items() if self._inputs(now[key]) not in ("", old)]
+        return [*filter(None, made), *(f"{key}: was of no use, and has changed" for key in again)]
 
     def _inputs(self, triplet: Triplet) -> str:
         """Empty where the pictures cannot be read any more, which is no change."""

@@ -200,13 +200,9 @@ class Spool:
                     write_atomically(self._path(other), self._from_shard(other, MEMBERS).to_bytes())
             tar = self.tar(shard)
             with self.claims.take(MANIFEST, wait=True):  # nobody may write one meanwhile
-                for path in (
-                    self.folder / "manifest.json",
-                    index_path(tar),
-                    tar,
-                    self._path(unit),
-                ):  # in this order: a tar
-                    remove(path)  # alone is no shard
+                # The index goes before its tar: a tar alone is no shard.
+                for path in (self.folder / "manifest.json", index_path(tar), tar, self._path(unit)):
+                    remove(path)
             self._opened.cache_clear()
 
     def finish(self) -> bool:

@@ -141,14 +141,15 @@ def _differences(state: State, now: State, recipe: Recipe) -> Iterator[tuple[str
         yield "format", state.format, now.format
     if state.data != now.data:
         yield "data", state.data, now.data
-    if _past(state, recipe, int(state.config["loop.steps"])) != _past(state, recipe, loop.steps):
-        yield "loop.steps", state.config["loop.steps"], loop.steps
+    was = int(state.config["loop.steps"])
+    if was != loop.steps and _past(state, recipe, was) != _past(state, recipe, loop.steps):
+        yield "loop.steps", was, loop.steps
     # Another number of ranks may want other micro-batches; samples, order and batch stay.
     harmless = HARMLESS if state.world == now.world else (*HARMLESS, "loop.micro_batch")
     for key in sorted({*state.config, *now.config}):
-        was, new = state.config.get(key, unsaid.get(key, "absent")), now.config.get(key, "absent")
-        if was != new and not _is_among(key, harmless):
-            yield key, was, new
+        old, new = state.config.get(key, unsaid.get(key, "absent")), now.config.get(key, "absent")
+        if old != new and not _is_among(key, harmless):
+            yield key, old, new
 
 
 def _past(state: State, recipe: Any, steps: int) -> list[tuple[float, Mapping[str, float]]]:
