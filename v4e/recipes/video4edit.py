@@ -240,7 +240,7 @@ class Video4Edit:
         """
         noise = draw.normal("own", *batch.clip_BCthw.shape[1:]).to(point.x_BCthw.device)
         first, own = self._few_levels[0].to(noise.device), self._own_levels.to(noise.device)
-        sigma_B = own[draw.integers("own", len(own)).to(noise.device)]
+        sigma_B = own[draw.integers("own_level", len(own)).to(noise.device)]
         with torch.no_grad():
             v = student(noise, first.expand(len(noise)), batch.conditions)[0]
         x = noise + flow.like(sigma_B - first, noise) * v.float()
