@@ -296,9 +296,10 @@ def make_triplets(demo: DemoConfig) -> str:
     )
     for folder, split, count, tasks in wanted:
         raw = demo.root / folder / "raw"
-        world.write_triplets(raw, count, split, _seed_of(demo, folder), size=demo.size, tasks=tasks)
-        lines = partial(progress, title=f"ingest {folder}", total=count)
-        taken = ingest.ingest(raw / "triplets.jsonl", demo.root / folder, (demo.size, demo.size), watch=lines)
+        seed, drawing = _seed_of(demo, folder), partial(progress, title=f"draw {folder}")
+        world.write_triplets(raw, count, split, seed, size=demo.size, tasks=tasks, watch=drawing)
+        reading = partial(progress, title=f"ingest {folder}", total=count)
+        taken = ingest.ingest(raw / "triplets.jsonl", demo.root / folder, (demo.size, demo.size), watch=reading)
     return f"{demo.triplets} edits of {len(world.TRAIN_PHOTOS)} photographs; validation: {taken}"
 
 

@@ -684,11 +684,12 @@ def pack(work: Path, seed: int, name: str, part: int = 0, parts: int = 1) -> Non
 # -------------------------------------------------------------------------------------------- DiTs and bundle
 
 
-def train_leg(work: Path, name: str, ranks: int) -> None:
+def train_leg(work: Path, name: str, seed: int, ranks: int) -> None:
     """Pre-train a DiT with `v4e train`, on ``ranks`` processes of one thread each, and export it."""
     leg = LEGS[name]
-    places = [f"init={work / leg.init}", f"loop.data={work / f'shards-{leg.clips}'}", f"loop.output={work / name}"]
-    subprocess.run([*launcher(ranks_here(ranks)), "train", f"configs/nano/{leg.config}.yaml", *places], check=True)
+    words = [f"init={work / leg.init}", f"loop.data={work / f'shards-{leg.clips}'}", f"loop.output={work / name}"]
+    command = [*launcher(ranks_here(ranks)), "train", f"configs/nano/{leg.config}.yaml", *words, f"loop.seed={seed}"]
+    subprocess.run(command, check=True)
     export_run(work / name, work / "models" / name, base=str(work / "arch" / leg.model))
     sampled_as(work / "arch" / leg.model, work / "models" / name)
 
@@ -884,7 +885,7 @@ def _do(stage: str, work: Path, seed: int, ranks: int) -> None:
         case "bundle":
             bundle(work, BUNDLE)
         case leg:
-            train_leg(work, leg, ranks)
+            train_leg(work, leg, seed, ranks)
 
 
 def run_all(work: Path, seed: int, ranks: int) -> None:

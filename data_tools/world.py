@@ -10,7 +10,7 @@ Held out are photographs and combinations: the (colour, shape, task) triples of 
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
 from importlib.resources import files
@@ -617,18 +617,22 @@ def write_triplets(
     size: int = 64,
     start: int = 0,
     tasks: Sequence[str] = SCHEDULE,
+    watch: Callable[[Iterable[int]], Iterable[int]] = iter,
 ) -> list[Edit]:
     """Write source/, edited/ and mask/ PNGs and, last and atomically, triplets.jsonl; return the edits.
 
     Args:
         start: index of the first edit.
         tasks: taken in turn, as in :func:`draw`.
+        watch: wraps their numbers, for a progress bar.
     """
     root = Path(folder)
     for name in ("source", "edited", "mask"):
         (root / name).mkdir(parents=True, exist_ok=True)
-    edits = [draw(seed, start + i, split, size=size, tasks=tasks) for i in range(count)]
-    lines = [json.dumps(_write_one(root, edit, seed)) for edit in edits]
+    edits, lines = [], []
+    for index in watch(range(start, start + count)):
+        edits.append(draw(seed, index, split, size=size, tasks=tasks))
+        lines.append(json.dumps(_write_one(root, edits[-1], seed)))
     temporary = root / "triplets.jsonl.tmp"
     try:
         temporary.write_text("\n".join(lines) + "\n")

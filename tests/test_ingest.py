@@ -393,7 +393,9 @@ def test_the_door(raw, capsys):
     raw.add("y", edited="torn.png")
     words = [str(raw.jsonl), str(raw.out), "--height", "32", "--width", "48"]
     assert cli.main(["ingest", *words]) == DataError.exit_code
-    assert "1 rejected: 1 missing file" in capsys.readouterr().err
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert "1 rejected: 1 missing file; the first: " in told
+    assert f"{raw.jsonl}, line 2, id y, file {raw.jsonl.parent / 'torn.png'}: missing file: " in told
     assert cli.main(["ingest", *words, "--max-reject-fraction", "0.5"]) == 0
     assert cli.main(["evolve", str(raw.out)]) == 0
     assert cli.main(["verify", str(raw.out)]) == 0

@@ -26,7 +26,7 @@ def worked(monkeypatch):
     monkeypatch.setattr(nano, "train_vae", lambda work, seed: done.append("vae"))
     monkeypatch.setattr(nano, "assemble", lambda work, name, out: done.append("arch"))
     monkeypatch.setattr(nano, "pack_in_parallel", lambda work, seed, name, ranks: done.append(f"pack {name}"))
-    monkeypatch.setattr(nano, "train_leg", lambda work, name, ranks: done.append(name))
+    monkeypatch.setattr(nano, "train_leg", lambda work, name, seed, ranks: done.append(name))
     monkeypatch.setattr(nano, "train_on_estimates", lambda work, seed: done.append("decoder"))
     monkeypatch.setattr(nano, "bundle", lambda work, out: done.append("bundle"))
     return done

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from v4e import config, flow
 from v4e.config import Loop
-from v4e.errors import ConfigError, DataError
+from v4e.errors import CheckpointError, ConfigError, DataError
 from v4e.nouns import Draw, EditBatch, Encoded, Grid, Levels, Losses, Rollout, Sample
 from v4e.recipes import TABLE, pick
 from v4e.recipes.flow_matching import FlowMatching
@@ -195,6 +195,13 @@ def test_an_unknown_recipe_names_the_nearest():
     with pytest.raises(ConfigError, match="did you mean video4edit"):
         pick("video4edti")
     assert {pick(name).__name__ for name in TABLE} == {"Video4Edit", "FlowMatching"}
+
+
+@pytest.mark.parametrize("key", ["teacher", "student", "init"])
+def test_a_model_that_is_not_there_is_told_with_its_key(key):
+    recipe = flow_matching() if key == "init" else video4edit()
+    with pytest.raises(CheckpointError, match=f"^key {key}: no model folder at /nowhere "):
+        replace(recipe, **{key: "/nowhere"}).players()
 
 
 def told(made: Losses) -> dict[str, float]:

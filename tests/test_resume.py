@@ -135,6 +135,14 @@ def test_steps_that_are_logged(tmp_path, every, logged):
     assert [row["step"] for row in journal.read(tmp_path) if "student/loss" in row] == logged
 
 
+def test_a_run_says_where_it_begins(half, capsys):
+    """So that a mistyped folder is no silent beginning from zero."""
+    opened(half, "shards-a")
+    assert "resuming from" in (told := capsys.readouterr().err) and "beginning" not in told
+    opened(half, "shards-a", output=f"{half.loop.output}-mistyped")
+    assert "run-mistyped: beginning at step 0" in capsys.readouterr().err.replace("\n", "")
+
+
 @pytest.mark.parametrize("name", ["state.json", "COMPLETE.json", "rank_00000_000.safetensors"])
 def test_a_changed_byte_in_any_file_is_found(half, name, capsys):
     damage(Path(half.loop.output) / "checkpoints/step_0000004" / name)

@@ -613,19 +613,21 @@ FULL = """
     resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
     from v4e.errors import DataError
     try:
-        with ShardWriter(sys.argv[1], META, samples_per_shard=int(sys.argv[2])) as writer:
-            for i in range(50):
+        with ShardWriter(sys.argv[1], META, samples_per_shard=1000) as writer:
+            for i in range(int(sys.argv[2])):
                 writer.add(make_sample(i))
     except DataError as error:
         print(error)
 """
 
 
-def test_a_file_that_may_not_grow(tmp_path):
-    """RLIMIT_FSIZE stands in for a quota: the write itself fails."""
-    process = run_python(FULL, tmp_path / "set", 50)
+@pytest.mark.parametrize(("samples", "where"), [(20, ""), (200, ", key s0[0-9]{3}")])
+def test_a_file_that_may_not_grow(tmp_path, samples, where):
+    """RLIMIT_FSIZE stands in for a quota: the write itself fails, at the end or, past the buffer, at a sample."""
+    process = run_python(FULL, tmp_path / "set", samples)
     out, err = process.communicate()
     assert "the disk is full" in out and "make room" in out and not err
+    assert re.match(f"{tmp_path}/set/000-000000.tar{where}: the disk", out)
     assert not list((tmp_path / "set").glob("*.tar")) and not list((tmp_path / "set").glob(".tmp-*"))
 
 

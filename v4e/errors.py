@@ -4,6 +4,9 @@ Every error says what was wrong, where (file, key, value) and what to do next. T
 message alone, without a traceback, and exits with the class's ``exit_code``.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class V4EError(Exception):
     """Something the user can mend.
@@ -25,6 +28,17 @@ class V4EError(Exception):
     def __reduce__(self):
         """Keep the three parts when the error crosses a process boundary."""
         return _rebuild, (type(self), self.what, self.where, self.fix)
+
+
+@contextmanager
+def found_at(key: str) -> Iterator[None]:
+    """Errors inside that name no place are of this setting."""
+    try:
+        yield
+    except V4EError as error:
+        if error.where:
+            raise
+        raise _rebuild(type(error), error.what, f"key {key}", error.fix) from error
 
 
 def _rebuild(cls: type[V4EError], what: str, where: str, fix: str) -> V4EError:

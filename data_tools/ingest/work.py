@@ -1,5 +1,6 @@
 """Taking triplets in: rows are read in order, checked side by side, decided on in order."""
 
+import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -72,12 +73,17 @@ class Rules:
 
 @dataclass(frozen=True)
 class Report:
-    """What became of a source: triplets taken now, by an earlier run, flagged as repeats; rejects by reason."""
+    """What became of a source: triplets taken now, by an earlier run, flagged as repeats; rejects by reason.
+
+    Args:
+        first: the first reject, as a phrase that names list, line, id and file.
+    """
 
     accepted: int
     reused: int
     rejected: Mapping[str, int]
     repeats: int = 0
+    first: str = ""
 
     @property
     def fraction(self) -> float:
@@ -143,7 +149,7 @@ def ingest(
                 report = _Work(folder, rules, layout, workers, journal).run(watch(found))
     if report.fraction > max_reject_fraction:
         raise DataError(
-            str(report),
+            f"{report}; the first: {report.first}",
             where=shown(folder / REJECTS),
             fix="mend those rows and run again, or allow them with --max-reject-fraction",
         )
@@ -331,7 +337,8 @@ class _Work:
         for name, lines in ((REJECTS, self.ledger.rejects()), (LIST, self.ledger.taken())):
             with replacing(self.out / name) as file:
                 file.writelines(lines)
-        return Report(self.accepted, self.reused, self.ledger.reasons(), self.repeats)
+        first = next(iter(self.ledger.rejects()), "")
+        return Report(self.accepted, self.reused, self.ledger.reasons(), self.repeats, first and _phrase(first))
 
 
 def _sweep(folder: Place) -> None:
@@ -367,3 +374,11 @@ def _reject(job: _Job, why: Rejected, layout: Layout) -> dict[str, object]:
     words = {"list": job.row.file, "line": job.row.line, "id": key, "file": why.file or job.row.file}
     words |= {"reason": why.reason, "detail": why.detail}
     return {k: v.encode("utf-8", "replace").decode() if isinstance(v, str) else v for k, v in words.items()}
+
+
+def _phrase(line: str) -> str:
+    """A line of rejects.jsonl for people."""
+    told = json.loads(line)
+    return (
+        f"{told['list']}, line {told['line']}, id {told['id']}, file {told['file']}: {told['reason']}: {told['detail']}"
+    )

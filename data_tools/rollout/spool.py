@@ -175,7 +175,7 @@ class Spool:
     def save(self, unit: int, outcome: Unit) -> None:
         """Make a unit safe, and pack its shard when it was the last one."""
         content = outcome.to_bytes()
-        with writable(self.folder):
+        with writable(self._path(unit)):
             patiently(lambda: write_atomically(self._path(unit), content))  # the teacher's work is worth some waiting
         self.pack(self.plan.shard_of(unit))
 

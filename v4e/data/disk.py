@@ -175,14 +175,15 @@ def lock(path: Path) -> IO[bytes]:
 
 
 @contextmanager
-def writable(folder: Place) -> Iterator[None]:
-    """A full or failing disk as one DataError that names the folder."""
+def writable(path: Place, key: str = "") -> Iterator[None]:
+    """A full or failing disk as one DataError that names the file or folder, and the sample that was being written."""
     try:
         yield
     except OSError as error:
         full = error.errno in NO_ROOM
         what = "the disk is full; the file begun is lost, finished ones are safe" if full else f"cannot write: {error}"
-        raise DataError(what, where=shown(folder), fix="make room and run the same command again" * full) from error
+        where = f"{shown(path)}, key {key}" if key else shown(path)
+        raise DataError(what, where=where, fix="make room and run the same command again" * full) from error
 
 
 @contextmanager

@@ -186,6 +186,7 @@ class ShardWriter:
         self._refuse_key(key)
         with self._dropping_on_error():
             self._shard = self._shard or self._begin()
+        with self._dropping_on_error(key):
             self._shard.add(key, task, members)
         self.done.add(key)
         if len(self._shard) >= self.samples_per_shard or 0 < self.max_bytes <= self._shard.size:
@@ -236,10 +237,10 @@ class ShardWriter:
                 remove(index_path(self.folder / name))
 
     @contextmanager
-    def _dropping_on_error(self) -> Iterator[None]:
+    def _dropping_on_error(self, key: str = "") -> Iterator[None]:
         """A shard that could not be written whole must not be gone on with."""
         try:
-            with writable(self.folder):
+            with writable(self._shard.path if self._shard else self.folder, key):
                 yield
         except BaseException:
             self.abandon()
@@ -257,8 +258,10 @@ def write_shard(
     shard = _Shard(path)
     try:
         for key, task, members in samples:
-            shard.add(key, task, members)
-        shard.finish(seconds())
+            with writable(path, key):
+                shard.add(key, task, members)
+        with writable(path):
+            shard.finish(seconds())
     except BaseException:
         shard.drop()
         raise

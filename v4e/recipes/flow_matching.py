@@ -11,6 +11,7 @@ from typing import Literal
 from v4e import flow, losses
 from v4e.config import Loop
 from v4e.data.collate import TextKind, collate
+from v4e.errors import found_at
 from v4e.models import wan
 from v4e.nouns import Draw, EditBatch, Levels, Losses, Optim, Player, Sample
 from v4e.verbs import Backbone
@@ -52,15 +53,16 @@ class FlowMatching:
         return self.init
 
     def players(self) -> Sequence[Player]:
-        build, weights = wan.declare(
-            self.init,
-            kind="i2v" if self.conditioned_on == "first" else "flf2v",
-            fresh_seed=self.loop.seed if self.fresh else None,
-            attention=self.attention,
-            fold_text_padding=self.fold_text_padding,
-            checkpointing=self.loop.checkpointing,
-            temporal_skip=self.temporal_skip,
-        )
+        with found_at("init"):
+            build, weights = wan.declare(
+                self.init,
+                kind="i2v" if self.conditioned_on == "first" else "flf2v",
+                fresh_seed=self.loop.seed if self.fresh else None,
+                attention=self.attention,
+                fold_text_padding=self.fold_text_padding,
+                checkpointing=self.loop.checkpointing,
+                temporal_skip=self.temporal_skip,
+            )
         return [Player("student", build, weights, trains=True, optim=self.optim, zero_stage=self.zero_stage)]
 
     def batch(self, samples: Sequence[Sample], weights: Sequence[float]) -> EditBatch:

@@ -15,7 +15,7 @@ from torch import Tensor
 from v4e import flow, losses
 from v4e.config import Loop
 from v4e.data.collate import collate
-from v4e.errors import ConfigError
+from v4e.errors import ConfigError, found_at
 from v4e.models import wan
 from v4e.nouns import Conditions, Draw, EditBatch, Levels, Losses, Optim, Player, RolloutBatch, Sample
 from v4e.verbs import Backbone
@@ -113,13 +113,13 @@ class Video4Edit:
     loop: Loop = field(default_factory=Loop)
 
     def players(self) -> Sequence[Player]:
-        declared = self._declare(self.student, "i2v", self.loop.seed if self.fresh else None)
+        declared = self._declare("student", "i2v", self.loop.seed if self.fresh else None)
         student = Player("student", *declared, True, self.optim, self.zero_stage)
         players = [student]
         if self._matches_blocks:
-            players.append(Player("teacher", *self._declare(self.teacher, "flf2v"), False, zero_stage=self.zero_stage))
+            players.append(Player("teacher", *self._declare("teacher", "flf2v"), False, zero_stage=self.zero_stage))
         if self._is_guided:
-            players.append(Player("prior", *self._declare(self.student, "i2v"), False, zero_stage=self.zero_stage))
+            players.append(Player("prior", *self._declare("student", "i2v"), False, zero_stage=self.zero_stage))
         return players
 
     def batch(self, samples: Sequence[Sample], weights: Sequence[float]) -> EditBatch:
@@ -206,16 +206,17 @@ class Video4Edit:
                 fix="lower own_from, add a grid of more steps, or set own_every=0",
             )
 
-    def _declare(self, source: str, kind: wan.Kind, fresh_seed: int | None = None):
-        return wan.declare(
-            source,
-            kind=kind,
-            fresh_seed=fresh_seed,
-            attention=self.attention,
-            fold_text_padding=self.fold_text_padding,
-            checkpointing=self.loop.checkpointing,
-            temporal_skip=self.temporal_skip if kind == "i2v" else 0,
-        )
+    def _declare(self, key: Literal["teacher", "student"], kind: wan.Kind, fresh_seed: int | None = None):
+        with found_at(key):
+            return wan.declare(
+                self.teacher if key == "teacher" else self.student,
+                kind=kind,
+                fresh_seed=fresh_seed,
+                attention=self.attention,
+                fold_text_padding=self.fold_text_padding,
+                checkpointing=self.loop.checkpointing,
+                temporal_skip=self.temporal_skip if kind == "i2v" else 0,
+            )
 
     def _point(self, batch: EditBatch, rollout: RolloutBatch, draw: Draw) -> Point:
         """A stored, anchored state for most samples; a freshly mixed one for ``flow_share`` of them."""

@@ -295,7 +295,7 @@ def open_run(
     averages = {name: _averages(role) if loop.ema else [] for name, role in players.trained.items()}
     if start:
         checkpoint.load(start, players, averages, ranks)
-    sentences = [*complaints, *_greeting(start, state, ranks)]
+    sentences = [*complaints, *_greeting(Path(loop.output), start, state, ranks)]
     journal = _journal(recipe, state.step if start else None, ranks, players, data, sentences)
     saved = state.step if start else -1
     return Run(recipe, players, averages, stream, journal, _progress(state), ranks, sheet, data, saved, work())
@@ -344,9 +344,9 @@ def _named_checkpoint(path: Path, ranks: Ranks) -> Path:
     return path
 
 
-def _greeting(start: Path | None, state: checkpoint.State, ranks: Ranks) -> list[str]:
+def _greeting(folder: Path, start: Path | None, state: checkpoint.State, ranks: Ranks) -> list[str]:
     if not start:
-        return []
+        return [f"no checkpoint in {folder}: beginning at step 0"]
     others = (
         f", written by {state.world} ranks and shared out among {ranks.world}" if state.world != ranks.world else ""
     )
