@@ -7,6 +7,7 @@ drew for us, not about quality.
 import json
 import math
 import os
+import subprocess
 from collections import Counter
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from data_tools import cli as yard
+from data_tools.demo import launcher
 from data_tools.ingest import read_triplets
 from data_tools.stats import stats
 from v4e import cli as door
@@ -114,7 +116,7 @@ def test_all_real_triplets_go_down_the_road(tmp_path):
 
 @pytest.mark.slow
 def test_all_real_triplets_go_through_wan_nano(tmp_path, capsys):
-    """The commands of docs/quality.md: ingest, evolve, rollout, verify, look, with the embedded teacher at its size."""
+    """The commands of docs/quality.md with the embedded models at their size, and on to an edit by the student."""
     edits, made = str(tmp_path / "edits"), str(tmp_path / "shards")
     nano = str(ROOT / "v4e/assets/wan-nano/teacher")
     words = ("teacher_frames=9", "guidance=1.0", "batch=8", "dtype=fp32", "attention=native", "threads=1")
@@ -132,3 +134,17 @@ def test_all_real_triplets_go_through_wan_nano(tmp_path, capsys):
     assert stats(made)[0].counts["task"] == dict(Counter(t.task for t in taken).most_common())
     page = (tmp_path / "shards/look.html").read_text()
     assert page.count("<section class=") == 24 and "could not be read" not in page
+    check_edit(distilled(tmp_path), tmp_path)
+
+
+def distilled(home: Path) -> Path:
+    """wan-nano's student after twenty steps under ZeRO-3 on two ranks, exported."""
+    places = [f"loop.data={home / 'shards'}", f"loop.output={home / 'train'}"]
+    loop = [f"loop.steps={STEPS}", "loop.log_every=1", "loop.sheet_every=0", "loop.wandb.mode=disabled"]
+    subprocess.run([*launcher(2), "train", "configs/nano/video4edit.yaml", *places, *loop], cwd=ROOT, check=True)
+    lines = journal.read(home / "train")
+    assert [line["step"] for line in lines] == [*range(1, STEPS + 1)] and all(not line["quarantined"] for line in lines)
+    losses = [line["student/loss"] for line in lines]
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    assert door.main(["export", str(home / "train"), str(home / "student")]) == 0
+    return home / "student"

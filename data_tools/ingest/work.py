@@ -379,6 +379,5 @@ def _reject(job: _Job, why: Rejected, layout: Layout) -> dict[str, object]:
 def _phrase(line: str) -> str:
     """A line of rejects.jsonl for people."""
     told = json.loads(line)
-    return (
-        f"{told['list']}, line {told['line']}, id {told['id']}, file {told['file']}: {told['reason']}: {told['detail']}"
-    )
+    where = f"{told['list']}, line {told['line']}, id {told['id']}, file {told['file']}"
+    return f"{where}: {told['reason']}: {told['detail']}"
