@@ -8,10 +8,11 @@ where it stopped; training goes on inside its stage.
 """
 
 import json
+import re
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
@@ -141,13 +142,15 @@ class Done:
     headline: str
 
 
-def main(path: str | None, overrides: Sequence[str], draw: int | None = None) -> int:
-    """Run the demo; what is done already is not done again. With ``draw``, judge a finished one again."""
+def main(path: str | None, overrides: Sequence[str], draw: int | None = None, models: Sequence[str] = ()) -> int:
+    """Run the demo; what is done already is not done again. With ``draw``, judge a finished one, or models, again."""
     demo = settings_of.load(path, overrides, lambda _: DemoConfig, recipe="demo")
     torch.set_num_threads(1)  # the demo's parallelism is processes; small tensors lose by threads
+    if models and not draw:
+        raise ConfigError("models are judged on a draw", where="--model", fix="add --draw N")
     if draw:
         _refuse_words(path, overrides)
-        return judge_again(demo.root, draw)
+        return judge_again(demo.root, draw, _named(models))
     walk(demo)
     print(closing(demo))
     return 0
@@ -207,10 +210,13 @@ def recompute(edits: Path) -> int:
     return 1 if changed else 0
 
 
-def judge_again(folder: Path, draw: int) -> int:
+def judge_again(folder: Path, draw: int, others: Mapping[str, Path] | None = None) -> int:
     """Every method of a finished demo at the headline's steps, on held-out edits of another draw.
 
     The demo's own draw is what settings are chosen by; one that nobody has looked at says what that choice was worth.
+
+    Args:
+        others: models to judge in place of the demo's methods, such as those of trials; nothing is asked of them.
 
     Raises:
         ConfigError: the folder holds no finished demo.
@@ -220,14 +226,31 @@ def judge_again(folder: Path, draw: int) -> int:
     if not (folder / MODELS).is_file():
         raise ConfigError(f"no {MODELS} says which models it was made with", where=str(folder), fix="run a new demo")
     agree(folder / MODELS, models(demo))
-    again, place = replace(demo, step_counts=(demo.headline,)), folder / f"draw-{draw}"
-    results = run.evaluate(cases(again, draw), methods(again), judge, place / "edits", again.batch, again.ranks)
+    again = replace(demo, step_counts=(demo.headline,))
+    place = folder / "-".join([f"draw-{draw}", *(others or ())])
+    judged = (
+        [_copy(), *(method(*one, again, again.step_counts) for one in others.items())] if others else methods(again)
+    )
+    results = run.evaluate(cases(again, draw), judged, judge, place / "edits", again.batch, again.ranks)
     rows = run.aggregate(results)
-    note = f"The models of {folder}, on held-out edits of draw {draw}; {demo.per_task} of each task."
-    made = Report(tuple(rows), world.TASKS, _outcomes(demo, rows), demo.headline, notes=(note,))
+    whose = ", ".join(f"{name}: {where}" for name, where in others.items()) if others else f"The models of {folder}"
+    note = f"{whose}, on held-out edits of draw {draw}; {demo.per_task} of each task."
+    outcomes = () if others else _outcomes(demo, rows)
+    made = Report(tuple(rows), world.TASKS, outcomes, demo.headline, notes=(note,))
     report.write(made, place)
-    print(f"{_tables(made)}\n\n{_passed(made)}\nreport    {place / 'report.md'}")
+    last = [_tables(made), "", *([] if others else [_passed(made)]), f"report    {place / 'report.md'}"]
+    print("\n".join(last))
     return 0
+
+
+def _named(models: Sequence[str]) -> dict[str, Path]:
+    """``NAME=FOLDER`` words; a name becomes a row and part of a folder's."""
+    pairs = dict(word.partition("=")[::2] for word in models)
+    for name, where in pairs.items():
+        if not re.fullmatch(r"[A-Za-z0-9_.]+", name) or name == "copy" or not Path(where).is_dir():
+            fix = "write NAME=FOLDER, a name of letters, digits, _ and . and a model's folder"
+            raise ConfigError(f"`{name}={where}` names no model", where="--model", fix=fix)
+    return {name: Path(where) for name, where in pairs.items()}
 
 
 def _read_demo(folder: Path) -> DemoConfig:
@@ -468,11 +491,16 @@ def methods(demo: DemoConfig) -> list[Method]:
     }
     told = content_hash(str(demo.teacher))
     return [
-        Method("copy", run.copy_source),
+        _copy(),
         Method("vae", _through_vae(demo), identity=told),
         Method("teacher", _imagine(demo), (demo.teacher_steps,), identity=told),
         *(method(name, folder, demo, demo.step_counts) for name, folder in students.items()),
     ]
+
+
+def _copy() -> Method:
+    """The input unchanged."""
+    return Method("copy", run.copy_source)
 
 
 def method(name: str, folder: Path, demo: DemoConfig, steps: tuple[int, ...]) -> Method:
@@ -646,7 +674,8 @@ def _outcomes(demo: DemoConfig, rows: Sequence[Row]) -> tuple[Outcome, ...]:
 
 
 def _tables(made: Report) -> str:
-    return "\n\n".join([report.overview(made), report.task_table(made), report.bar_table(made.outcomes)])
+    bars_met = [report.bar_table(made.outcomes)] if made.outcomes else []
+    return "\n\n".join([report.overview(made), report.task_table(made), *bars_met])
 
 
 def _passed(made: Report) -> str:

@@ -256,6 +256,25 @@ def test_it_can_be_judged_again_on_other_edits(walked):
     assert demo.recompute(folder / "draw-1/edits") == 0
 
 
+def test_other_models_can_be_judged_in_its_place(walked):
+    folder, _ = walked
+    said = finished(
+        f"output={folder}", "--draw", "2", "--model", f"a={folder / 'student'}", "--model", f"b={DemoConfig().i2v}"
+    )
+    report = json.loads((folder / "draw-2-a-b/report.json").read_text())
+    assert {*report["methods"]} == {"copy", "a", "b"} and not report["bars"] and "bars" not in said
+    a, b = (report["methods"][name]["4"]["overall"] for name in "ab")
+    assert a["edit_psnr"] != b["edit_psnr"] and a["n"] == 2 * len(world.TASKS)
+
+
+@pytest.mark.parametrize("model", ["student", "a=/nowhere", "copy=.", "../a=."])
+def test_what_names_no_model_is_refused(walked, model):
+    with pytest.raises(ConfigError, match=f"--model: `{model}.*` names no model"):
+        demo.main(None, [f"output={walked[0]}"], 1, [model])
+    with pytest.raises(ConfigError, match="add --draw N"):
+        demo.main(None, [f"output={walked[0]}"], None, [model])
+
+
 # ---------------------------------------------------------------------------------------------------- exactness
 
 

@@ -66,7 +66,7 @@ def demo(args: argparse.Namespace) -> int:
     """The whole road on this machine."""
     from data_tools import demo as road
 
-    return road.main(args.config, args.overrides, args.draw)
+    return road.main(args.config, args.overrides, args.draw, args.model)
 
 
 def ablate(args: argparse.Namespace) -> int:
@@ -176,6 +176,8 @@ def _add_demo(verbs) -> None:
     verb.add_argument("--config", help="YAML file with the settings of data_tools/demo.py")
     draws = "judge the finished demo in output= again, on held-out edits of another draw, 1 to 7"
     verb.add_argument("--draw", type=int, choices=range(1, 8), metavar="N", help=draws)
+    models = "with --draw: judge this model in place of the demo's own; repeatable"
+    verb.add_argument("--model", action="append", default=[], metavar="NAME=FOLDER", help=models)
     _add_overrides(verb, "triplets=64 output=runs/small")
     verb.set_defaults(run=demo)
 

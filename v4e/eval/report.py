@@ -135,7 +135,8 @@ def to_dict(report: Report) -> dict[str, object]:
 
 def to_markdown(report: Report) -> str:
     """The report for people."""
-    passed = sum(outcome.passed for outcome in report.outcomes)
+    outcomes = report.outcomes
+    bars = f"## Bars: {sum(o.passed for o in outcomes)} of {len(outcomes)} pass\n\n{bar_table(outcomes)}"
     about = "\n".join(f"- {name}: {text}" for name, text in ABOUT.items())
     parts = [
         "# Report",
@@ -143,8 +144,8 @@ def to_markdown(report: Report) -> str:
         *(f"![{name}]({name})" for name in report.pictures),
         f"## All methods\n\nMeans over all cases and seeds, ± the spread of the seeds.\n\n{overview(report)}",
         f"## Tasks at {report.headline} steps\n\nEdit-region PSNR in dB.\n\n{task_table(report)}",
-        f"## Bars: {passed} of {len(report.outcomes)} pass\n\n{bar_table(report.outcomes)}",
-        f"## Seconds\n\n{seconds_table(report.seconds or {})}",
+        *([bars] if outcomes else []),
+        *([f"## Seconds\n\n{seconds_table(report.seconds)}"] if report.seconds else []),
         f"## How it is measured\n\n{about}",
     ]
     return "\n\n".join(parts) + "\n"
@@ -162,19 +163,19 @@ def overview(report: Report) -> str:
 
 
 def task_table(report: Report) -> str:
-    """One line per task and group: each method's edit PSNR, then the student's other figures."""
+    """One line per task and group: each method's edit PSNR, then other figures of the student, or of the last."""
     table = {(r.method, r.group): r for r in report.rows if r.seed is None and r.steps in (0, report.headline)}
     methods = list(dict.fromkeys(method for method, _ in table))
     groups = list(dict.fromkeys(group for _, group in table))
     groups = [*report.tasks, *(g for g in groups if g not in report.tasks)]
-    last = ["keep_psnr", "sharpness", "success"]
+    whose, last = "student" if "student" in methods else methods[-1], ["keep_psnr", "sharpness", "success"]
     lines = [
         [group]
         + [figure(table.get((m, group)), "edit_psnr") for m in methods]
-        + [figure(table.get(("student", group)), n) for n in last]
+        + [figure(table.get((whose, group)), n) for n in last]
         for group in groups
     ]
-    return text_table(["task", *methods, *(f"student {TITLES[n]}" for n in last)], lines)
+    return text_table(["task", *methods, *(f"{whose} {TITLES[n]}" for n in last)], lines)
 
 
 def bar_table(outcomes: Sequence[Outcome]) -> str:
