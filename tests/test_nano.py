@@ -159,16 +159,18 @@ def test_stock_diffusers_runs_what_is_shipped(name):
 
 
 def test_the_shipped_student_edits():
-    """Held-out photographs of a draw that no report uses, one sampling seed: more is asked by `make student`."""
+    """Held-out photographs of a draw that no report uses, two of a task, one sampling seed.
+
+    It notices weights that are broken or not those; the thresholds, of means over many, are asked by `make student`.
+    """
     tasks = ("night", "grayscale", "add", "recolour", "remove", "background")
     edits = [world.draw(8, i, "heldout", tasks=tasks) for i in range(12)]
     student = EditPipeline.from_pretrained(NANO / "student")
     sources = [Clip(torch.from_numpy(edit.source)[None]) for edit in edits]
     made = student.edit_batch(sources, [edit.instruction for edit in edits], seeds=[*range(12)], steps=4, batch=4)
-    done = 0
+    done, gains = 0, []
     for edit, clip in zip(edits, made, strict=True):
         output, target, mask = clip.frames_T3HW[-1], torch.from_numpy(edit.target), torch.from_numpy(edit.mask)
-        gain = psnr(output, target, mask) - psnr(torch.from_numpy(edit.source), target, mask)
-        assert gain > (4.5 if edit.task == "remove" else 5), edit.key
+        gains.append(psnr(output, target, mask) - psnr(torch.from_numpy(edit.source), target, mask))
         done += world.judge(edit, output.numpy()).success
-    assert done >= 11
+    assert done >= 11 and min(gains) > 3 and sum(gains) / len(gains) > 10
