@@ -245,12 +245,14 @@ def judge_again(folder: Path, draw: int, others: Mapping[str, Path] | None = Non
 
 def _named(models: Sequence[str]) -> dict[str, Path]:
     """``NAME=FOLDER`` words; a name becomes a row and part of a folder's."""
-    pairs = dict(word.partition("=")[::2] for word in models)
-    for name, where in pairs.items():
+    named = {}
+    for word in models:
+        name, _, where = word.partition("=")
         if not re.fullmatch(r"[A-Za-z0-9_.]+", name) or name == "copy" or not Path(where).is_dir():
             fix = "write NAME=FOLDER, a name of letters, digits, _ and . and a model's folder"
-            raise ConfigError(f"`{name}={where}` names no model", where="--model", fix=fix)
-    return {name: Path(where) for name, where in pairs.items()}
+            raise ConfigError(f"`{word}` names no model", where="--model", fix=fix)
+        named[name] = Path(where)
+    return named
 
 
 def _read_demo(folder: Path) -> DemoConfig:

@@ -337,8 +337,8 @@ class _Work:
         for name, lines in ((REJECTS, self.ledger.rejects()), (LIST, self.ledger.taken())):
             with replacing(self.out / name) as file:
                 file.writelines(lines)
-        first = next(iter(self.ledger.rejects()), "")
-        return Report(self.accepted, self.reused, self.ledger.reasons(), self.repeats, first and _phrase(first))
+        first = next((_phrase(line) for line in self.ledger.rejects()), "")
+        return Report(self.accepted, self.reused, self.ledger.reasons(), self.repeats, first)
 
 
 def _sweep(folder: Place) -> None:
@@ -376,7 +376,7 @@ def _reject(job: _Job, why: Rejected, layout: Layout) -> dict[str, object]:
     return {k: v.encode("utf-8", "replace").decode() if isinstance(v, str) else v for k, v in words.items()}
 
 
-def _phrase(line: str) -> str:
+def _phrase(line: bytes) -> str:
     """A line of rejects.jsonl for people."""
     told = json.loads(line)
     where = f"{told['list']}, line {told['line']}, id {told['id']}, file {told['file']}"
