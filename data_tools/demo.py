@@ -248,7 +248,7 @@ def _named(models: Sequence[str]) -> dict[str, Path]:
     named = {}
     for word in models:
         name, _, where = word.partition("=")
-        if not re.fullmatch(r"[A-Za-z0-9_.]+", name) or name == "copy" or not Path(where).is_dir():
+        if not re.fullmatch(r"[A-Za-z0-9_.]+", name) or name == "copy" or not where or not Path(where).is_dir():
             fix = "write NAME=FOLDER, a name of letters, digits, _ and . and a model's folder"
             raise ConfigError(f"`{word}` names no model", where="--model", fix=fix)
         named[name] = Path(where)

@@ -472,7 +472,8 @@ def test_rates_are_told_by_hand():
 def test_the_journal_says_what_was_run_and_how_fast(tmp_path):
     recipe = toy(tmp_path, *SMALL, "zero_stage=0", "loop.peak_tflops=1.0")
     train_recipe(recipe, lambda r, w: ToyStream(recipe.loop, r, w), data="shards-a", work=lambda: Work(6, 3e6))
-    first, *lines = map(json.loads, (tmp_path / "journal.jsonl").read_text().splitlines())
+    first, said, *lines = map(json.loads, (tmp_path / "journal.jsonl").read_text().splitlines())
+    assert said["say"] == f"no checkpoint in {tmp_path}: beginning at step 0"
     assert first["config"]["loop"]["batch"] == 4 and first["config"]["optim"]["lr"] == 0.01
     run = first["config"]["run"]
     assert (run["data"], run["ranks"], run["v4e"]) == ("shards-a", 1, __version__)
