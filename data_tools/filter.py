@@ -17,7 +17,7 @@ from typing import Literal
 from data_tools.stats import Row, row_of
 from v4e import config as settings_of
 from v4e.data.disk import agree, to_json, writable, write_atomically
-from v4e.data.places import Place, exists, make_folder, place
+from v4e.data.places import PassingError, Place, exists, make_folder, place
 from v4e.data.shards import SetMeta, Setting, ShardSet, finish, index_path, write_shard
 from v4e.errors import ConfigError, DataError
 from v4e.journal import progress
@@ -102,7 +102,7 @@ def judge(
     """Measure every sample of a set, and change nothing; a damaged one goes for that reason.
 
     Raises:
-        DataError: the set is not whole.
+        DataError: the set is not whole, or its store does not answer.
     """
     whole = ShardSet.open(folder)
     verdict = Verdict(len(whole))
@@ -110,6 +110,8 @@ def judge(
         shard = whole.shards[whole.locate(i)[0]].name
         try:
             row = row_of(whole, i)
+        except PassingError:  # the store's fault and not the sample's
+            raise
         except DataError as error:
             verdict.drops.append(Drop(whole.name(i), shard, [f"damaged: {error.what}"], {}))
             continue

@@ -108,7 +108,8 @@ def repair(folder: str | Place, report: Report, *, most: float = 0.1, seal: bool
         salvages = [_salvage(folder, meta, s, report.problems) for s in hurt]
         _keep_one_of_each(folder, shards, salvages, report.problems)
         done.dropped = [p for s in salvages for p in s.bad.values()]
-        _refuse_too_many(len(done.dropped), sum(s.samples for s in shards), most, folder)
+        lost = [p for p in done.dropped if p.kind != "double key"]  # of those, one stays
+        _refuse_too_many(len(lost), sum(s.samples for s in shards), most, folder)
         if done.dropped or "manifest" in report.counts:
             remove(folder / "manifest.json")
         _log(folder / LOG, done.dropped)

@@ -137,9 +137,11 @@ def check_samples(
 ) -> Iterator[tuple[int, list[Problem]]]:
     """Each sample's number and what is wrong with it; with a shard's last sample also what follows that."""
     moved: set[str] = set()
-    ends = {int(n) - 1: shard for shard, n in enumerate(np.cumsum([s.samples for s in whole.shards]))}
+    ends: dict[int, list[int]] = {}  # sample -> the shards that end with it: all but one of them empty
+    for shard, n in enumerate(np.cumsum([s.samples for s in whole.shards])):
+        ends.setdefault(max(0, int(n) - 1), []).append(shard)
     for i, problems in _in_order(lambda i: (i, _check_sample(whole, i)), watch(range(len(whole))), workers):
-        behind = _check_end(whole, ends[i]) if i in ends else []
+        behind = [problem for shard in ends.get(i, ()) for problem in _check_end(whole, shard)]
         yield i, [*_without_echoes(problems, moved), *_without_echoes(behind, moved)]
 
 

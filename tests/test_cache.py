@@ -1,7 +1,9 @@
 """Shards of a store on this disk: never more than the room, whoever shares the folder, is killed or does not answer."""
 
+import errno
 import fcntl
 import os
+import shutil
 import signal
 import threading
 import time
@@ -10,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -341,6 +344,39 @@ def test_a_shard_that_cannot_be_had_is_named(url, tmp_path, server, fault, why):
     assert all(f"000-000002.tar: {why}" in told for told in stream.quarantined.values())
     assert server.gets["000-000002.tar"] <= 2 * (len(QUICK) + 1)
     assert not [p for p in (tmp_path / "cache").iterdir() if p.suffix in (".claim", ".part")]
+
+
+def test_a_disk_that_fills_up_costs_the_shards_samples(url, tmp_path, monkeypatch):
+    remote, copied = opened(url, tmp_path / "cache", shards=N), ShardCache._copy
+
+    def copy(self, shard: Remote, part: Path) -> None:
+        if shard.at.name == "000-000002.tar":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        copied(self, shard, part)
+
+    monkeypatch.setattr(ShardCache, "_copy", copy)
+    stream = Stream(remote, seed=0, batch=N, micro_batch=N, workers=2)
+    (piece,) = stream.step(0)
+    stream.close()
+    assert {s.key for s, w in zip(piece.samples, piece.weights, strict=True) if not w} == {"s0004", "s0005"}
+    assert all("the disk is full" in told for told in stream.quarantined.values())
+    assert not [p for p in (tmp_path / "cache").iterdir() if p.suffix in (".claim", ".part")]
+
+
+def test_room_that_others_have_claimed_is_not_given_twice(url, tmp_path, monkeypatch):
+    """A claim takes no blocks of the disk until its shard has come."""
+    remote = opened(url, tmp_path, shards=N)
+    cache, size = remote.cache, remote.shards[0].bytes
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=3 * size))
+    with cache._alone():
+        assert cache._make_room(size)
+        with open(tmp_path / f"{'0' * 32}.claim", "wb") as claim:
+            fcntl.flock(claim, fcntl.LOCK_EX)
+            claim.truncate(2 * size + 1)
+            with pytest.raises(DataError, match=f"the disk has {size - 1} bytes left, a shard needs {size}"):
+                cache._make_room(size)
+            (tmp_path / f"{'0' * 32}.part").write_bytes(b"1")  # what has come is no longer of the free bytes
+            assert cache._make_room(size)
 
 
 def test_a_missing_shard_is_named_at_once(server, tmp_path):

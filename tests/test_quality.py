@@ -12,6 +12,7 @@ from data_tools import filter as sieve
 from data_tools.stats import Spread, evolving, measure, spread, stats
 from data_tools.verify import verify
 from v4e import config as settings_of
+from v4e.data.places import PassingError
 from v4e.data.shards import Index, ShardSet, ShardWriter, index_path
 from v4e.errors import ConfigError, DataError
 from v4e.nouns import Sample
@@ -127,6 +128,15 @@ def test_a_filter_says_what_goes_and_why(quality):
     lines = list(verdict.lines(most=1))
     assert lines[:4] == ["2 of 6 samples stay, 4 go", "1 x curvature", "3 x fidelity", "2 x task"]
     assert lines[-1] == "  ... and 3 more"
+
+
+def test_a_store_that_does_not_answer_costs_no_sample(quality, monkeypatch):
+    def away(whole, i):
+        raise PassingError("cannot be reached") if i == 2 else DataError("torn")
+
+    monkeypatch.setattr(sieve, "row_of", away)
+    with pytest.raises(PassingError):
+        sieve.judge(quality.folder, sieve.FilterConfig(least_fidelity=1.0))
 
 
 def test_a_filtered_set_holds_the_same_bytes(quality, tmp_path):

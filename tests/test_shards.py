@@ -1,16 +1,20 @@
 """Shards survive: round trip, stock readers, killed writers, full disks, and every kind of damage named."""
 
+import errno
+import fcntl
 import io
 import json
 import math
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
 import tarfile
 import textwrap
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,10 +22,13 @@ import torch
 import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from data_tools import look, verify
 from v4e.data import buffers
+from v4e.data.disk import lock, writable
 from v4e.data.members import MEMBERS, all_finite, load_tensors, save_tensors
+from v4e.data.places import sizes
 from v4e.data.shards import Index, SetMeta, ShardSet, ShardWriter, finish, index_path
 from v4e.errors import DataError
 from v4e.nouns import Clip, Encoded, Grid, Origin, Rollout, Sample
@@ -629,6 +636,43 @@ def test_a_file_that_may_not_grow(tmp_path, samples, where):
     assert "the disk is full" in out and "make room" in out and not err
     assert re.match(f"{tmp_path}/set/000-000000.tar{where}: the disk", out)
     assert not list((tmp_path / "set").glob("*.tar")) and not list((tmp_path / "set").glob(".tmp-*"))
+
+
+def test_a_file_that_vanishes_while_a_folder_is_listed_hides_no_other(tmp_path, monkeypatch):
+    """As temporary files of other parts do: shards that are not seen would be taken for undone, and removed."""
+    for name in ("a.tar", ".tmp-b", "c.tar"):
+        (tmp_path / name).write_bytes(b"123")
+    scan = os.scandir
+
+    @contextmanager
+    def racing(folder):
+        with scan(folder) as entries:
+            listed = [*entries]
+            (tmp_path / ".tmp-b").unlink()
+            yield listed
+
+    monkeypatch.setattr(os, "scandir", racing)
+    assert sizes(tmp_path) == {"a.tar": 3, "c.tar": 3}
+
+
+def test_a_disk_without_locks_is_not_taken_for_another_writer(tmp_path, monkeypatch):
+    with lock(tmp_path / ".lock"), pytest.raises(DataError, match="another writer is at work here"):
+        lock(tmp_path / ".lock")
+    monkeypatch.setattr(fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, "No locks available")))
+    with pytest.raises(DataError, match=".lock: cannot be locked: No locks available .mount it with flock"):
+        lock(tmp_path / ".lock")
+
+
+def test_weights_on_a_disk_that_is_full(tmp_path):
+    """They are written in Rust, whose errors are none of Python's."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        full = pytest.raises(DataError, match="a.safetensors: the disk is full.*make room")
+        with full, writable(tmp_path / "a.safetensors"):
+            save_file({"a": torch.zeros(1000)}, tmp_path / "a.safetensors")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.fixture

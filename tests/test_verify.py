@@ -12,7 +12,7 @@ import data_tools.verify as verify_module
 from data_tools.repair import ASIDE, repair
 from data_tools.verify import verify
 from v4e.data.disk import hash_of, to_json
-from v4e.data.shards import Index, ShardSet, ShardWriter, finish, index_path
+from v4e.data.shards import Index, ShardSet, ShardWriter, finish, index_path, write_shard
 from v4e.errors import DataError
 
 FIRST = "000-000000.tar"
@@ -45,6 +45,21 @@ def samples_of(shards: ShardSet) -> dict[str, dict[str, bytes]]:
 
 
 # ------------------------------------------------------------------------------------------------------- verify
+
+
+def test_ends_of_shards_that_are_empty_are_looked_at(tmp_path):
+    """All triplets of a shard may have been rejected."""
+    with ShardWriter(tmp_path, META) as writer:
+        writer.add(make_sample(0))
+    (tmp_path / "manifest.json").unlink()
+    for name in ("000-000001.tar", "000-000002.tar"):
+        write_shard(tmp_path / name, ())
+    finish(tmp_path)
+    assert not verify(tmp_path).problems
+    for name in (FIRST, "000-000001.tar", "000-000002.tar"):
+        flip(tmp_path / name, (tmp_path / name).stat().st_size - 1)
+        assert [p.shard for p in verify(tmp_path).problems] == [name]
+        flip(tmp_path / name, (tmp_path / name).stat().st_size - 1)
 
 
 def test_every_byte_counts(tmp_path):
@@ -201,9 +216,9 @@ def test_a_repair_that_was_killed_is_run_again(shards, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("data_tools.repair._set_aside", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            repair(shards.folder, report, most=1)
+            repair(shards.folder, report, most=0.15)
     assert verify(shards.folder).counts["double key"] == 2
-    repair(shards.folder, verify(shards.folder), most=1)
+    repair(shards.folder, verify(shards.folder), most=0.15)  # one sample of seven is lost, and no second of the doubles
     assert keys_of(shards.folder) == [f"s{n:04d}" for n in range(7) if n != 1]
     assert len(fill_up(shards.folder)) == 7 and not verify(shards.folder).problems
 

@@ -82,11 +82,12 @@ class Grid:
         """The same picture size at another clip length."""
         return replace(self, T=T)
 
-    def shared_frames(self, shorter: "Grid") -> tuple[int, ...]:
-        """Indices of this grid's latent frames that a ``shorter`` clip keeps: evenly spread, both ends included."""
-        if shorter.t == 1:
-            return (self.t - 1,)
-        return tuple(round(i * (self.t - 1) / (shorter.t - 1)) for i in range(shorter.t))
+
+def shared_frames(t_long: int, t_short: int) -> tuple[int, ...]:
+    """Indices of the latent frames that a shorter clip keeps: evenly spread, both ends included; of one, the last."""
+    if t_short == 1:
+        return (t_long - 1,)
+    return tuple(round(i * (t_long - 1) / (t_short - 1)) for i in range(t_short))
 
 
 @dataclass(frozen=True)

@@ -39,8 +39,8 @@ def rollout(triplets: Sequence[Triplet], out: str | Place, config: RolloutConfig
     Triplets of several sizes go into one set each, ``OUT/HEIGHTxWIDTH``. ``out`` is a local folder or a URL.
 
     Raises:
-        DataError: triplets without a prompt, the folder was begun with other settings or triplets, a finished triplet
-            has changed, too many cannot be used, or the disk is full.
+        DataError: no triplets, or some without a prompt, the folder was begun with other settings or triplets, a
+            finished triplet has changed, too many cannot be used, or the disk is full.
         CheckpointError: the teacher is missing or damaged.
     """
     out = place(out)
@@ -64,7 +64,7 @@ def by_size(triplets: Sequence[Triplet], config: RolloutConfig) -> dict[Size, Se
     """Triplets by the size of their clips, each group in the list's order.
 
     Raises:
-        DataError: some have no prompt, and a teacher is to follow it.
+        DataError: there are none, or some have no prompt, and a teacher is to follow it.
     """
     groups: dict[Size, array[int]] = {}
     bare, first = 0, ""
@@ -73,6 +73,8 @@ def by_size(triplets: Sequence[Triplet], config: RolloutConfig) -> dict[Size, Se
             bare, first = bare + 1, first or triplet.id
         size = (config.height, config.width) if config.height else _size_of(triplet)
         groups.setdefault(size, array("Q")).append(number)
+    if not groups:
+        raise DataError("no triplets to roll out", fix="see rejects.jsonl of the ingest")
     if bare and config.teacher != NO_TEACHER:
         raise DataError(f"{bare} triplets have no evolution prompt, {first} first", fix="run v4e-shards evolve")
     return {size: Chosen(triplets, numbers) for size, numbers in sorted(groups.items())}

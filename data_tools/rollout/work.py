@@ -21,7 +21,7 @@ from v4e.data.shards import FORMAT, SetMeta
 from v4e.errors import DataError
 from v4e.models.codec import WanCodec
 from v4e.models.onednn import require_onednn
-from v4e.nouns import Clip, Encoded, Origin, Rollout, Sample, seed_of
+from v4e.nouns import Clip, Encoded, Origin, Rollout, Sample, seed_of, shared_frames
 from v4e.pipelines import CODEC_PARTS, TeacherPipeline, Trajectory, noise_of
 
 # Of a mount that has gone, a limit of the system's, a network: not of a file.
@@ -205,7 +205,7 @@ class Worker:
 
     def _kept(self, path: Trajectory, b: int) -> Rollout:
         """One sample's path, restricted to the latent frames the student makes."""
-        frames = list(self.grids.teacher.shared_frames(self.grids.student))
+        frames = list(shared_frames(self.grids.teacher.t, self.grids.student.t))
         x, v, end = path.x_BKCthw[b], path.v_BKCthw[b], path.end_BCthw[b]
         full = x if self.config.keep_full else x[:0]
         return Rollout(path.sigma_K, x[:, :, frames], v[:, :, frames], full, end[:, frames])

@@ -22,7 +22,7 @@ from typing import IO, TypeVar
 
 from upath import UPath
 
-from v4e.data.disk import hash_of, settle
+from v4e.data.disk import hash_of, settle, writable
 from v4e.data.index import REDO
 from v4e.data.places import CHUNK, PAUSES, NotFoundError, PassingError, patiently, read_range, refuse_at_exit
 from v4e.errors import ConfigError, DataError
@@ -164,7 +164,9 @@ class ShardCache:
             if path.suffix == ".tar":
                 path.unlink()
                 taken -= status.st_size
-        if taken + size <= self.room and (free := shutil.disk_usage(self.folder).free) < size:
+        claims = {path: status.st_size for path, status in held if path.suffix == ".claim"}
+        coming = sum(claimed - _size(path.with_suffix(".part")) for path, claimed in claims.items())
+        if taken + size <= self.room and (free := shutil.disk_usage(self.folder).free - coming) < size:
             raise DataError(f"the disk has {free} bytes left, a shard needs {size}", where=str(self.folder))
         return taken + size <= self.room
 
@@ -202,7 +204,8 @@ class ShardCache:
         A second copy with the same fault is kept: the shard itself has it, and each sample is checked when it is read.
         """
         for last in (False, True):
-            self._copy(shard, part)
+            with writable(part):
+                self._copy(shard, part)
             try:
                 return shard.check(part)
             except DataError:
@@ -292,6 +295,13 @@ def _give_up(claim: IO[bytes]) -> None:
     """Take a claim away and let its lock go; only where nobody else can be claiming."""
     Path(claim.name).unlink()
     claim.close()
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def _locked(path: Path) -> IO[bytes] | None:

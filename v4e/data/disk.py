@@ -163,14 +163,18 @@ def lock(path: Path) -> IO[bytes]:
     """Take a lock until the file is closed; the kernel lets it go when its holder is killed.
 
     Raises:
-        DataError: somebody else holds it.
+        DataError: somebody else holds it, or the file system knows no locks.
     """
     file = open(path, "ab")  # noqa: SIM115  (held by the caller)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    except BlockingIOError as error:
         file.close()
         raise DataError("another writer is at work here", where=str(path.parent), fix="wait for it") from error
+    except OSError as error:
+        file.close()
+        fix = "mount it with flock, or take another disk"
+        raise DataError(f"cannot be locked: {error.strerror}", where=str(path), fix=fix) from error
     return file
 
 
@@ -179,11 +183,17 @@ def writable(path: Place, key: str = "") -> Iterator[None]:
     """A full or failing disk as one DataError that names the file or folder, and the sample that was being written."""
     try:
         yield
-    except OSError as error:
-        full = error.errno in NO_ROOM
+    except (OSError, SafetensorError) as error:
+        full = _is_full(error)
         what = "the disk is full; the file begun is lost, finished ones are safe" if full else f"cannot write: {error}"
         where = f"{shown(path)}, key {key}" if key else shown(path)
         raise DataError(what, where=where, fix="make room and run the same command again" * full) from error
+
+
+def _is_full(error: Exception) -> bool:
+    """Rust's errors, and those that `shutil.copytree` collects, have the number in their words alone."""
+    told = [f"[Errno {number}]" for number in NO_ROOM] + [f"(os error {number})" for number in NO_ROOM]
+    return getattr(error, "errno", None) in NO_ROOM or any(word in str(error) for word in told)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -193,9 +193,17 @@ def sizes(folder: Place) -> dict[str, int]:
             if is_remote(folder):
                 entries = _asked_anew(folder).ls(folder.path, detail=True)
                 return {_name(e["name"]): e["size"] for e in entries if e["type"] == "file"}
-            return {e.name: e.stat().st_size for e in os.scandir(folder) if e.is_file()}
+            return dict(_local_sizes(cast(Path, folder)))
     except NotFoundError:
         return {}
+
+
+def _local_sizes(folder: Path) -> Iterator[tuple[str, int]]:
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            with suppress(FileNotFoundError):  # another process renamed or removed it since it was listed
+                if entry.is_file():
+                    yield entry.name, entry.stat().st_size
 
 
 def names(folder: Place) -> set[str]:
