@@ -8,7 +8,6 @@ where it stopped; training goes on inside its stage.
 """
 
 import json
-import re
 import socket
 import subprocess
 import sys
@@ -28,6 +27,7 @@ from v4e import config as settings_of
 from v4e.data.disk import agree, read_bytes, to_json, writable, write_atomically
 from v4e.errors import CheckpointError, ConfigError, TrainingError
 from v4e.eval import report, run, sheet
+from v4e.eval.own import COPY, named_models
 from v4e.eval.report import Bar, Key, Outcome, Report
 from v4e.eval.run import Case, Method, Result, Row
 from v4e.journal import progress
@@ -150,7 +150,7 @@ def main(path: str | None, overrides: Sequence[str], draw: int | None = None, mo
         raise ConfigError("models are judged on a draw", where="--model", fix="add --draw N")
     if draw:
         _refuse_words(path, overrides)
-        return judge_again(demo.root, draw, _named(models))
+        return judge_again(demo.root, draw, _folders(models))
     walk(demo)
     print(closing(demo))
     return 0
@@ -227,7 +227,7 @@ def judge_again(folder: Path, draw: int, others: Mapping[str, Path] | None = Non
         raise ConfigError(f"no {MODELS} says which models it was made with", where=str(folder), fix="run a new demo")
     agree(folder / MODELS, models(demo))
     again = replace(demo, step_counts=(demo.headline,))
-    place = folder / "-".join([f"draw-{draw}", *(others or ())])
+    place = folder / (f"draw-{draw}-" + "+".join(others) if others else f"draw-{draw}")
     judged = (
         [_copy(), *(method(*one, again, again.step_counts) for one in others.items())] if others else methods(again)
     )
@@ -243,16 +243,11 @@ def judge_again(folder: Path, draw: int, others: Mapping[str, Path] | None = Non
     return 0
 
 
-def _named(models: Sequence[str]) -> dict[str, Path]:
-    """``NAME=FOLDER`` words; a name becomes a row and part of a folder's."""
-    named = {}
-    for word in models:
-        name, _, where = word.partition("=")
-        if not re.fullmatch(r"[A-Za-z0-9_.]+", name) or name == "copy" or not where or not Path(where).is_dir():
-            fix = "write NAME=FOLDER, a name of letters, digits, _ and . and a model's folder"
-            raise ConfigError(f"`{word}` names no model", where="--model", fix=fix)
-        named[name] = Path(where)
-    return named
+def _folders(models: Sequence[str]) -> dict[str, Path]:
+    folders = {name: Path(model) for name, model in named_models(models, "--model", rows=[COPY]).items()}
+    if lost := next((name for name, folder in folders.items() if not folder.is_dir()), None):
+        raise ConfigError(f"no folder {folders[lost]}", where=f"--model {lost}", fix="name a model's folder")
+    return folders
 
 
 def _read_demo(folder: Path) -> DemoConfig:
@@ -502,7 +497,7 @@ def methods(demo: DemoConfig) -> list[Method]:
 
 def _copy() -> Method:
     """The input unchanged."""
-    return Method("copy", run.copy_source)
+    return Method(COPY, run.copy_source)
 
 
 def method(name: str, folder: Path, demo: DemoConfig, steps: tuple[int, ...]) -> Method:

@@ -80,6 +80,8 @@ def test_nothing_to_edit(tmp_path, capsys):
     assert told(capsys, "edit", "a.jpg", "snow", "--batch", tmp_path / "jobs.jsonl")[0] == 3
     code, line = told(capsys, "edit", "--batch", tmp_path / "jobs.jsonl")
     assert code == 4 and "no such jobs file" in line
+    code, line = told(capsys, "edit", "--batch", "https://h/jobs.jsonl?key=s3cret")
+    assert code == 3 and "https://h/jobs.jsonl?...: a jobs file lies on this machine" in line
 
 
 def test_missing_photograph(tmp_path, capsys):
@@ -125,6 +127,14 @@ def test_unwritable_output(output, photo, tmp_path, capsys):
 def test_steps_are_at_least_one(photo, tmp_path):
     with pytest.raises(SystemExit):
         cli.main(["edit", str(photo), "make it snow", "--model", str(tmp_path), "--steps", "0"])
+
+
+@pytest.mark.parametrize("option", ["--tflops", "--utilisation", "--bandwidth", "--gpu-memory"])
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf"])
+def test_a_plan_divides_by_nothing(option, value, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["plan", "configs/video4edit.yaml", f"{option}={value}"])
+    assert "is not above 0" in capsys.readouterr().err
 
 
 def test_unknown_key_names_its_neighbour(tmp_path, capsys):

@@ -7,14 +7,17 @@ import torch
 from builders import TEXT_WIDTH, VISION_TOKENS, VISION_WIDTH, C, shared_wan_folder
 
 from v4e import flow
+from v4e.config import Loop
 from v4e.data.shards import SetMeta, ShardWriter
 from v4e.dist import Ranks
+from v4e.errors import CheckpointError, ConfigError, DataError
 from v4e.eval import contact
 from v4e.eval.contact import ContactSheet
 from v4e.eval.metrics import edit_mask, score
 from v4e.eval.sheet import MARGIN, SheetRow, draw
 from v4e.models.codec import WanCodec
 from v4e.nouns import Clip, Encoded, Grid, Rollout, Sample
+from v4e.recipes.flow_matching import FlowMatching
 
 GRID, TEACHER, K = Grid(5, 32, 32), Grid(9, 32, 32), 2
 
@@ -42,6 +45,33 @@ def sheet(request, tmp_path) -> ContactSheet:
         for n in range(3):
             writer.add(rolled_out(n) if request.param else replace(rolled_out(n), rollout=None))
     return ContactSheet(tmp_path, str(shared_wan_folder()), Ranks(), rows=2)
+
+
+def test_what_is_missing_is_said_before_the_first_step(sheet, tmp_path):
+    sheet.prepare()
+    with pytest.raises(DataError, match="none"):
+        replace(sheet, validation=tmp_path / "none").prepare()
+    with pytest.raises(CheckpointError, match="no readable pipeline index"):
+        (tmp_path / "model").mkdir()
+        replace(sheet, codec=str(tmp_path / "model")).prepare()
+    with ShardWriter(tmp_path / "empty", SetMeta("encoded", GRID, TEACHER)):
+        pass
+    with pytest.raises(DataError, match="empty: holds no sample to show"):
+        replace(sheet, validation=tmp_path / "empty").prepare()
+
+
+def test_a_sheet_reads_what_its_model_was_trained_on(sheet):
+    recipe = FlowMatching(init="i2v", text="evolution", loop=Loop(validation=str(sheet.validation)))
+    told = ContactSheet.of(recipe, Ranks())
+    assert (told.text, told.codec, told.validation) == ("evolution", "i2v", str(sheet.validation))
+    for text, name in (("instruction", "text_LE"), ("evolution", "evolution_LE")):
+        samples = sheet._samples
+        samples = [replace(s, encoded=replace(s.encoded, evolution_LE=s.encoded.evolution_LE[:2])) for s in samples]
+        one = replace(sheet, text=text)
+        one.__dict__["_samples"] = samples
+        assert one._conditions.words_B.tolist() == [len(getattr(s.encoded, name)) for s in samples]
+    with pytest.raises(ConfigError, match="key loop.validation: .* told both ends"):
+        ContactSheet.of(replace(recipe, conditioned_on="first_and_last"), Ranks())
 
 
 @pytest.mark.parametrize(("width", "shown"), [(32, 96), (128, 384), (480, 512), (1280, 512)])

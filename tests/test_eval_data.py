@@ -591,4 +591,4 @@ def test_mistakes_are_sentences(tmp_path, capsys):
     code, said = told(tmp_path, "--data", data, "-o", tmp_path / "out")
     assert code == 5 and "neither a training run nor a model folder" in said
     code, said = told(base, "--data", data, "-o", tmp_path / "out", "--baseline", "sft")
-    assert code == 3 and "write NAME=RUN" in said
+    assert code == 3 and "write NAME=MODEL" in said

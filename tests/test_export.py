@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import resource
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,6 +130,18 @@ def test_an_earlier_export_is_replaced_but_nothing_else(tmp_path):
     with pytest.raises(CheckpointError, match="precious"):
         export_run(run, tmp_path / "precious")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["precious", "run", "student"]
+
+
+def test_a_full_disk_is_a_sentence(tmp_path):
+    """A limit on the size of files stands for it; what copies a folder collects errors and has no number."""
+    run, before = a_run(tmp_path / "run"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, before[1]))
+    try:
+        with pytest.raises(DataError, match="the disk is full"):
+            export_run(run, tmp_path / "student")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not (tmp_path / "student").exists()
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
@@ -456,7 +469,11 @@ def test_adapters_belong_to_the_base_they_were_trained_on(lora_run, tmp_path):
 def test_the_readme_says_where_it_comes_from(tmp_path):
     shards = write_shards(tmp_path / "shards", 7)
     base = shared_wan_folder("i2v")
-    run = a_run(tmp_path / "lab/run", **{"loop.data": str(shards.folder), "loop.batch": "4", "teacher": "Wan-AI/none"})
+    run = a_run(
+        tmp_path / "lab/run",
+        **{"loop.data": str(shards.folder), "loop.batch": "4", "teacher": "Wan-AI/none"},
+        **{"loop.wandb.name": "hf_abcdefghijklmnopqrstuv"},
+    )
     report = {"methods": {"student": {"4": {"overall": {"psnr": 24.831, "ssim": None, "n": 66, "spread": {}}}}}}
     (tmp_path / "lab/report.json").write_text(json.dumps(report))
     card = ModelCard.load(export_run(run, tmp_path / "out", base_model="Wan-AI/Wan2.1") / "README.md")
@@ -470,7 +487,7 @@ def test_the_readme_says_where_it_comes_from(tmp_path):
     assert json.loads((tmp_path / "out/v4e.json").read_text())["sizes"] == [[16, 16]]
     assert "2 steps of 4 samples." in card.text
     assert "| method | solver steps | psnr |\n| --- | --- | --- |\n| student | 4 | 24.83 |" in card.text
-    assert "| `shift` | `5.0` |" in card.text
+    assert "| `shift` | `5.0` |" in card.text and "| `loop.wandb.name` | `***` |" in card.text
     assert "\n# out\n" in card.text
 
 

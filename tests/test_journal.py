@@ -78,17 +78,19 @@ def test_secrets_are_starred_out():
 
 
 def test_curves_go_on_in_the_same_run_and_hold_no_secret(tmp_path, monkeypatch):
+    """Each process is killed, the second one before it has come to where the first was."""
     sent: list[tuple[str, float]] = []
     settings = Wandb(mode="offline", project="test")
-    for resume_step, logged in ((None, (1, 2, 3)), (2, (3, 4))):
+    for resume_step, logged in ((None, (1, 2, 3, 4, 5)), (2, (3, 4)), (2, (3, 4, 5, 6))):
         told = Journal(tmp_path, settings, SECRETS, resume_step=resume_step)
         assert told._curves
         run = told._curves._run
         monkeypatch.setattr(run, "log", lambda d, r=run: sent.append((r.id, d["step"])))
         for step in logged:
+            told.picture(step, "sheet", Image.new("RGB", (2, 2)))
             told.log(step, {"loss": 1.0})
         told.close()
-    assert [step for _, step in sent] == [1, 2, 3, 4]
+    assert [step for _, step in sent] == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6]
     assert len({run for run, _ in sent}) == 1
     files = [p for p in tmp_path.rglob("*") if p.is_file()]
     assert [p.name for p in files if any(w.encode() in p.read_bytes() for w in HIDDEN)] == []

@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -184,6 +185,9 @@ def test_a_line_overrides_the_defaults_and_is_named_by_its_number(tmp_path):
 def test_no_photograph_is_written_over(tmp_path):
     with pytest.raises(DataError, match="written over"):
         Job(str(tmp_path / "a.jpg"), SNOW, tmp_path / "." / "a.jpg")
+    with pytest.raises(DataError, match="written over"):
+        Job(str(tmp_path / "a.frames.png"), SNOW, tmp_path / "a.jpg", Settings(frames="strip"))
+    Job(str(tmp_path / "a.frames.png"), SNOW, tmp_path / "a.jpg")
 
 
 # ------------------------------------------------------------------------------------------------- batches
@@ -225,6 +229,24 @@ def test_a_batch_goes_on_where_it_was_stopped_and_makes_again_only_what_changed(
     assert (again.made, again.kept, again.refused) == (3, 0, 2)
 
 
+def test_an_evolution_is_that_of_the_edit_beside_it(studio, tmp_path):
+    (tmp_path / "a.jpg").write_bytes(odd_files()["grey.jpg"])
+    out, line = tmp_path / "out", {"photo": "a.jpg", "instruction": SNOW, "output": "a.png"}
+
+    def evolution(**asked) -> tuple[bytes, int]:
+        _batch(tmp_path, [line | asked])
+        made = run_batch(studio, tmp_path / "jobs.jsonl", out, Settings(steps=1)).made
+        return (out / "a.frames.png").read_bytes(), made
+
+    first, _ = evolution(frames="strip", seed=0)
+    assert evolution(seed=0) == (first, 0) and evolution(seed=1) == (first, 1)
+    second, made = evolution(frames="strip", seed=1)
+    assert made == 1 and second != first and evolution(frames="strip", seed=1) == (second, 0)
+    _batch(tmp_path, [line | {"frames": "strip"}, line | {"frames": "strip", "output": "a.webp"}])
+    assert run_batch(studio, tmp_path / "jobs.jsonl", out, Settings(steps=1)).refused == 1
+    assert "a.frames.png: line 1 writes the same output" in (out / QUARANTINE).read_text()
+
+
 def test_an_edit_tells_all_that_determines_it(studio, tmp_path):
     content = odd_files()["profile.jpg"]
     job = Job("a.jpg", SNOW, tmp_path / "b.webp", Settings(seed=3, frames="webp"))
@@ -234,6 +256,10 @@ def test_an_edit_tells_all_that_determines_it(studio, tmp_path):
     said = photos.recipe_in(files[tmp_path / "b.webp"])
     assert said == json.loads(recipe)
     assert (said["instruction"], said["seed"], said["steps"], said["model"]) == (SNOW, 3, 2, "tiny")
+    assert (said["dtype"], said["frames"]) == ("float32", "webp") and "vae_tiling" not in said
+    small = replace(studio, memory=Memory(torch.bfloat16, vae_tiling=True))
+    other = json.loads(small.recipe(job, content))
+    assert {k for k in other if other[k] != said.get(k)} == {"dtype", "vae_tiling"}
     moving = Image.open(io.BytesIO(files[tmp_path / "b.frames.webp"]))
     assert moving.n_frames == 5 and abs(moving.width / moving.height - 130 / 97) < 0.05
 

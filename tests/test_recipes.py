@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from v4e import config, flow
 from v4e.config import Loop
 from v4e.errors import CheckpointError, ConfigError, DataError
-from v4e.nouns import Draw, EditBatch, Encoded, Grid, Levels, Losses, Rollout, Sample
+from v4e.nouns import Draw, EditBatch, Encoded, Levels, Losses, Rollout, Sample, shared_frames
 from v4e.recipes import TABLE, pick
 from v4e.recipes.flow_matching import FlowMatching
 from v4e.recipes.video4edit import Terms, Video4Edit, anchored, shared_tokens
@@ -452,6 +452,10 @@ def test_rollouts_that_lack_what_the_terms_need_are_refused():
     assert "student_shift=5.0" in error.value.fix
     with pytest.raises(ConfigError, match=r"do not stop at"):
         video4edit(few_steps=(3,)).batch(samples(), [1.0] * 3)
+    sets, levels = samples(), flow.union_grid((1, 2, 4, 8), 5.0)[:-1].float()
+    sets[1] = replace(sets[1], rollout=replace(sets[1].rollout, sigma_K=levels))  # of a mixture's other set
+    with pytest.raises(ConfigError, match=r"do not stop at"):
+        video4edit().batch(sets, [1.0] * 3)
     bare = [replace(s, rollout=replace(s.rollout, full_KCthw=s.rollout.full_KCthw[:0])) for s in samples()]
     with pytest.raises(ConfigError, match="no full states"):
         video4edit().batch(bare, [1.0] * 3)
@@ -492,14 +496,34 @@ def test_the_teacher_is_asked_at_its_own_whole_clip():
     assert conditions.known_mask_B4thw[0, :, -1].amax((1, 2)).tolist() == [0, 0, 0, 1]
 
 
-def test_shared_tokens_are_those_of_the_shared_frames():
-    h_BSD = torch.arange(7.0).repeat_interleave(4).view(1, 28, 1)
-    assert shared_tokens(h_BSD, 7, 3).unflatten(1, (3, 4))[0, :, 0, 0].tolist() == [0, 3, 6]
-    for long, short in ((21, 2), (21, 6), (3, 2), (5, 5)):
-        kept = Grid.of_latents(long, 4, 4).shared_frames(Grid.of_latents(short, 4, 4))
-        numbers = torch.arange(float(long)).view(1, long, 1)
-        assert tuple(shared_tokens(numbers, long, short)[0, :, 0].int().tolist()) == kept
-        assert kept[0] == 0 and kept[-1] == long - 1
+@pytest.mark.parametrize(
+    ("long", "short", "kept"),
+    [
+        (7, 3, (0, 3, 6)),
+        (21, 2, (0, 20)),
+        (21, 6, (0, 4, 8, 12, 16, 20)),
+        (3, 2, (0, 2)),
+        (3, 3, (0, 1, 2)),
+        (3, 1, (2,)),
+    ],
+)
+def test_shared_tokens_are_those_of_the_shared_frames(long, short, kept):
+    h_BSD = torch.arange(float(long)).repeat_interleave(4).view(1, long * 4, 1)
+    assert shared_frames(long, short) == kept
+    assert shared_tokens(h_BSD, long, short)[0, :, 0].tolist() == [frame for frame in kept for _ in range(4)]
+
+
+def test_blocks_that_cannot_be_matched_are_refused():
+    with pytest.raises(ConfigError, match="1 blocks of the student, 2 of the teacher"):
+        video4edit(student_blocks=(0,), teacher_blocks=(0, 2)).players()
+    video4edit(student_blocks=(0,), teacher_blocks=(0, 2), terms=Terms(block=0.0)).players()
+    recipe = video4edit(flow_share=0.0)
+    batch = recipe.batch(samples(), [1.0] * 3)
+    wide, narrow = (torch.zeros(3, frames * 4, width) for frames, width in ((t_TEACHER, 24), (t, 16)))
+    v = torch.zeros_like(batch.clip_BCthw)
+    players = {"student": stub(v, narrow, narrow), "teacher": stub(v, wide, wide)}
+    with pytest.raises(ConfigError, match="the student's hidden states have 16 channels, the teacher's 24"):
+        recipe.losses(players, batch, draw(), "student", 25)
 
 
 # --------------------------------------------------------------------------------------------- flow matching

@@ -18,7 +18,7 @@ from toy_training import Duo, Net, Toy, ToyStream, launch, made, plain, tensors,
 from v4e import __version__, dist, journal
 from v4e.config import Loop, Schedule, flat
 from v4e.dist import Ranks
-from v4e.errors import CheckpointError, ConfigError, TrainingError
+from v4e.errors import CheckpointError, ConfigError, DataError, TrainingError
 from v4e.nouns import Draw, Optim, Player, Sample
 from v4e.train.engines import accumulation, cast
 from v4e.train.meter import Work, named_peak, rates
@@ -267,8 +267,11 @@ def finished(tmp_path) -> Toy:
 
 
 def resumed(recipe: Toy, **changes: object) -> Run:
-    longer = replace(recipe, loop=replace(recipe.loop, **changes))
-    return open_run(longer, lambda r, w: ToyStream(longer.loop, r, w), None, "auto", dist.start(1))
+    return begun(replace(recipe, loop=replace(recipe.loop, **changes)), "auto")
+
+
+def begun(recipe: Toy, resume: str) -> Run:
+    return open_run(recipe, lambda r, w: ToyStream(recipe.loop, r, w), None, resume, dist.start(1))
 
 
 def damage(path: Path) -> None:
@@ -299,6 +302,21 @@ def test_settings_that_matter_may_not_change(finished):
     assert resumed(finished, steps=9, save_every=3, max_bad_steps=2).progress.step == 6
     with pytest.raises(CheckpointError, match=r"loop.batch was 4 and is now 8; loop.seed was 0 and is now 7"):
         resumed(finished, batch=8, seed=7)
+
+
+def test_auto_goes_on_from_a_checkpoint_that_was_named(finished, capsys):
+    """It would else prefer the later ones, of the branch that was left; those are kept, each of them."""
+    left = ["step_0000004", "step_0000006"]
+    run = Path(finished.loop.output)
+    begun(finished, str(run / "checkpoints/step_0000004"))
+    assert "set aside in" in (told := capsys.readouterr().err.replace("\n", "")) and "step_0000006" in told
+    assert checkpoints(finished) == ["step_0000004"] and (run / "checkpoints.old/step_0000006/COMPLETE.json").is_file()
+    assert resumed(finished).progress.step == 4
+    begun(finished, str(run / "checkpoints.old/step_0000006"))
+    assert checkpoints(finished) == ["step_0000006"] and resumed(finished).progress.step == 6
+    begun(finished, str(run / "checkpoints.old/step_0000004"))
+    assert checkpoints(finished) == ["step_0000004"] and resumed(finished).progress.step == 4
+    assert {p.name for p in (run / "checkpoints.old").iterdir()} == {*left, f"{left[1]}.1"}
 
 
 def test_never_starts_anew_and_a_named_checkpoint_is_used(finished):
@@ -389,6 +407,9 @@ def test_the_launcher_script_says_what_it_would_run():
 class Sheet:
     """Shows what the student makes of zeros."""
 
+    def prepare(self):
+        pass
+
     def edit(self, players):
         v = players["student"](torch.zeros(1, 6, 4), torch.zeros(1), None)[0]
         assert not v.requires_grad
@@ -396,6 +417,17 @@ class Sheet:
 
     def show(self, step, edits):
         return Image.new("RGB", (step, 1)), {f"{maker}/mean": float(v.mean()) for maker, v in edits.items()}
+
+
+def test_a_sheet_that_cannot_be_drawn_stops_a_run_before_its_first_step(tmp_path):
+    class Lacking(Sheet):
+        def prepare(self):
+            raise DataError("there is no such set")
+
+    recipe = toy(tmp_path / "run", *SMALL)
+    with pytest.raises(DataError, match="no such set"):
+        train_recipe(recipe, lambda rank, world: ToyStream(recipe.loop, rank, world), Lacking())
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(("stage", "precision"), [(0, "bf16"), (1, "fp32"), (3, "bf16")])

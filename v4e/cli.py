@@ -6,6 +6,7 @@ a mistyped path answer at once.
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -95,7 +96,7 @@ def train(args: argparse.Namespace) -> int:
         sizes = {"batch": loop.batch, "micro_batch": loop.micro_batch, "rank": rank, "world": world}
         return Stream(shards, seed=loop.seed, cache=loop.cache_bytes, **sizes)
 
-    sheet = ContactSheet(loop.validation, recipe.codec, ranks, shift=recipe.shift) if loop.validation else None
+    sheet = ContactSheet.of(recipe, ranks) if loop.validation else None
 
     def effort():
         return work(recipe, ranks.world, clips_of(shards))
@@ -186,7 +187,8 @@ def _add_train(verbs) -> None:
     verb = verbs.add_parser("train", help="train a recipe; run it under `deepspeed --module v4e.cli train ...`")
     verb.add_argument("config", help="YAML file such as configs/nano/video4edit.yaml")
     _add_overrides(verb, "loop.steps=100 optim.lr=1e-4")
-    verb.add_argument("--resume", choices=("auto", "never"), default="auto", help="go on from the last checkpoint")
+    resume = "auto (the default): go on from the last checkpoint; never: start anew; or a folder checkpoints/step_*"
+    verb.add_argument("--resume", default="auto", metavar="WHENCE", help=resume)
     verb.set_defaults(run=train)
 
 
@@ -224,7 +226,7 @@ def _add_eval(verbs) -> None:
     verb.add_argument("run_folder", metavar="run", help=run)
     verb.add_argument("--data", help="shard set, ingested folder, or jsonl of id, instruction, source, edited")
     verb.add_argument("-o", "--output", default="evaluated", help="folder for edits and report; evaluated by default")
-    verb.add_argument("--baseline", action="append", default=[], metavar="NAME=RUN", help="a further row; repeatable")
+    verb.add_argument("--baseline", action="append", default=[], metavar="NAME=MODEL", help="a further row; repeatable")
     verb.add_argument("--steps", type=_positive, nargs="+", default=[], help="solver steps; the card's by default")
     verb.add_argument("--seeds", type=_positive, default=1, help="sampling seeds of every edit")
     verb.add_argument("--guidance", type=float, help="guidance scale; each model's card says which by default")
@@ -267,10 +269,10 @@ def _add_plan(verbs) -> None:
     verb = verbs.add_parser("plan", help="memory, time and storage of a training before it is begun; code 1: no room")
     verb.add_argument("config", help="YAML file such as configs/video4edit.yaml")
     verb.add_argument("--gpus", type=_positive, default=8, help="ranks, one on each accelerator; 8 by default")
-    verb.add_argument("--gpu-memory", type=float, default=80, help="of each, in GB of 10^9 bytes; 80 by default")
-    verb.add_argument("--tflops", type=float, default=989, help="dense bf16 peak of each; an H100's by default")
-    verb.add_argument("--utilisation", type=float, default=0.25, help="share of the peak that is assumed")
-    verb.add_argument("--bandwidth", type=float, default=50, help="GB/s each is assumed to receive from the others")
+    verb.add_argument("--gpu-memory", type=_above_zero, default=80, help="of each, in GB of 10^9 bytes; 80 by default")
+    verb.add_argument("--tflops", type=_above_zero, default=989, help="dense bf16 peak of each; an H100's by default")
+    verb.add_argument("--utilisation", type=_above_zero, default=0.25, help="share of the peak that is assumed")
+    verb.add_argument("--bandwidth", type=_above_zero, default=50, help="GB/s that each receives from the others")
     verb.add_argument("--cpu", action="store_true", help="ranks on CPUs, whose optimisers make temporaries")
     verb.add_argument("--height", type=_positive, default=720, help="of the clips, unless loop.data is there to say")
     verb.add_argument("--width", type=_positive, default=1280)
@@ -315,6 +317,12 @@ def _positive(text: str) -> int:
     return value
 
 
+def _above_zero(text: str) -> float:
+    if not 0 < (value := float(text)) < math.inf:
+        raise argparse.ArgumentTypeError(f"{value} is not above 0")
+    return value
+
+
 def _port(text: str) -> int:
     if (value := int(text)) not in range(1, 1 << 16):
         raise argparse.ArgumentTypeError(f"{value} is no port, which are 1 to 65535")
@@ -349,8 +357,12 @@ def _edit_one(args: argparse.Namespace) -> int:
 def _edit_batch(args: argparse.Namespace) -> int:
     if args.photo is not None:
         raise ConfigError("--batch takes photographs and instructions from its file", fix="leave PHOTO out")
+    from v4e.data.places import is_remote, place, shown
     from v4e.photos import fetch
 
+    if is_remote(place(args.batch)):
+        fix = "download it first; its photographs may be URLs"
+        raise ConfigError("a jobs file lies on this machine", where=shown(args.batch), fix=fix)
     settings, jobs, folder = _settings(args), Path(args.batch), Path(args.output or "edited")
     fetch(args.batch, "jobs file")  # before a model is loaded
     from v4e.studio import QUARANTINE, run_batch

@@ -65,7 +65,7 @@ class Job:
         output: picture to write.
 
     Raises:
-        DataError: the instruction cannot be used, or the edit would be written over its photograph.
+        DataError: the instruction cannot be used, or edit or evolution would be written over the photograph.
         ConfigError: the output's ending names no format.
     """
 
@@ -78,7 +78,7 @@ class Job:
         require_instruction(self.instruction)
         photos.kind_of(self.output)
         at = place(self.photo)
-        if not is_remote(at) and at.resolve() == self.output.resolve():
+        if not is_remote(at) and at.resolve() in {output.resolve() for output in self.outputs}:
             raise DataError("would be written over by its own edit", where=self.photo, fix="name another output")
 
     @property
@@ -86,6 +86,11 @@ class Job:
         """Where the evolution goes."""
         suffix = ".png" if self.settings.frames in (None, "strip") else f".{self.settings.frames}"
         return self.output.with_name(f"{self.output.stem}.frames{suffix}")
+
+    @property
+    def outputs(self) -> tuple[Path, ...]:
+        """All that is written."""
+        return (self.frames_output, self.output) if self.settings.frames else (self.output,)
 
     @property
     def shown(self) -> str:

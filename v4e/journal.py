@@ -131,12 +131,11 @@ class Journal:
 
     def _open(self, wandb: Wandb, config: Mapping[str, object], resume_step: int | None) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        seen = _set_aside(self.folder, -1 if resume_step is None else resume_step)
+        _set_aside(self.folder, -1 if resume_step is None else resume_step)
         self._lines = open(self.folder / LINES, "a", encoding="utf-8")  # noqa: SIM115  closed by close()
         self._write({"time": round(time.time(), 3), "config": scrub(config)})
         if wandb.mode != "disabled":
-            fresh = resume_step is None
-            self._curves = _Curves(self.folder, wandb, scrub(config), fresh, -1 if fresh else seen)
+            self._curves = _Curves(self.folder, wandb, scrub(config), fresh=resume_step is None)
 
     def _write(self, line: Mapping[str, object]) -> None:
         assert self._lines is not None
@@ -151,15 +150,16 @@ class _Curves:
     so they are not sent twice and the run's steps only rise.
     """
 
-    def __init__(self, folder: Path, settings: Wandb, config: object, fresh: bool, seen: int) -> None:
+    def __init__(self, folder: Path, settings: Wandb, config: object, fresh: bool) -> None:
         self._wandb = _import_wandb()
-        self._last = seen
+        identity, self._seen = _curve(folder, fresh)
+        self._last = self._seen
         self._run = self._wandb.init(
             dir=folder,
             project=settings.project,
             name=str(scrub(settings.name)) or None,
             mode=self._allowed(settings.mode),
-            id=_run_id(folder, fresh),
+            id=identity,
             resume="never" if fresh else "allow",
             config=config,
             settings=self._wandb.Settings(
@@ -174,7 +174,8 @@ class _Curves:
             self._run.log({"step": step, **numbers})
 
     def picture(self, step: int, name: str, path: Path) -> None:
-        self._run.log({"step": step, name: self._wandb.Image(str(path))})
+        if step > self._seen:
+            self._run.log({"step": step, name: self._wandb.Image(str(path))})
 
     def close(self, exit_code: int) -> None:
         self._run.finish(exit_code=exit_code)
@@ -333,16 +334,19 @@ def _parsed(text: str) -> dict | None:
         return None
 
 
-def _set_aside(folder: Path, last: int) -> int:
-    """Move lines after step ``last`` to another file; the latest step that had been logged."""
+def _set_aside(folder: Path, last: int) -> None:
+    """Move lines after step ``last`` to another file."""
     path = folder / LINES
     texts = path.read_text().splitlines() if path.is_file() else []
-    steps = [(line or {}).get("step", -1) for line in map(_parsed, texts)]
+    steps = [*map(_step, texts)]
     first_late = next((i for i, step in enumerate(steps) if step > last), len(texts))
     if first_late < len(texts) or (texts and _parsed(texts[-1]) is None):
         _append(folder / DROPPED, texts[first_late:])
         path.write_text("".join(t + "\n" for t in texts[:first_late] if _parsed(t) is not None))
-    return max(steps, default=-1)
+
+
+def _step(text: str) -> int:
+    return (_parsed(text) or {}).get("step", -1)
 
 
 def _append(path: Path, texts: list[str]) -> None:
@@ -350,12 +354,19 @@ def _append(path: Path, texts: list[str]) -> None:
         file.writelines(t + "\n" for t in texts)
 
 
-def _run_id(folder: Path, fresh: bool) -> str:
-    """The run's identity, kept in the folder from one process to the next."""
-    path = folder / RUN
+def _curve(folder: Path, fresh: bool) -> tuple[str, int]:
+    """The run's identity, kept in the folder from one process to the next, and the latest step that it has been told.
+
+    A step may be in the lines, or among those dropped since the run was begun: by each process that was killed.
+    """
+    path, dropped = folder / RUN, folder / DROPPED
     if fresh or not path.is_file():
-        path.write_text(json.dumps({"id": uuid.uuid4().hex[:8]}))
-    return str(json.loads(path.read_text())["id"])
+        before = dropped.stat().st_size if dropped.is_file() else 0
+        path.write_text(json.dumps({"id": uuid.uuid4().hex[:8], "dropped_before": before}))
+    run = json.loads(path.read_text())
+    since = dropped.read_bytes()[run.get("dropped_before", 0) :].decode() if dropped.is_file() else ""
+    texts = [*(folder / LINES).read_text().splitlines(), *since.splitlines()]
+    return str(run["id"]), max(map(_step, texts), default=-1)
 
 
 def _import_wandb() -> Any:

@@ -268,6 +268,7 @@ class WanPipeline(WanImageToVideoPipeline):
 
     card = Card()
     attention: Attention = "auto"
+    home = ""  # the folder it was loaded from: a Hub id would have the Hub asked at every edit
 
     @classmethod
     def from_pretrained(
@@ -295,7 +296,8 @@ class WanPipeline(WanImageToVideoPipeline):
             raise CheckpointError(
                 f"not a Wan pipeline: {str(error).splitlines()[0]}", where=str(source), fix="give a diffusers folder"
             ) from error
-        pipeline.card, pipeline.attention = Card.read(locate(source, [CARD])), attention
+        home = locate(source, [CARD, "*/config.json"])
+        pipeline.home, pipeline.card, pipeline.attention = str(home), Card.read(home), attention
         return pipeline
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
@@ -313,7 +315,7 @@ class WanPipeline(WanImageToVideoPipeline):
     @property
     def codec(self) -> WanCodec:
         """Pixels to latents and embeddings, by this pipeline's own components, wherever they are now."""
-        codec = WanCodec(self.name_or_path, self._execution_device)
+        codec = WanCodec(self.home or self.name_or_path, self._execution_device)
         vars(codec).update({part: getattr(self, part) for part in CODEC_PARTS})
         return codec
 

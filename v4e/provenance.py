@@ -19,6 +19,7 @@ from v4e import __version__
 from v4e.config import Share
 from v4e.data.shards import ShardSet
 from v4e.errors import DataError
+from v4e.journal import scrub
 from v4e.models.folder import HUB_ID
 from v4e.pipelines import Card
 
@@ -81,7 +82,7 @@ class Provenance:
             f"{self.steps} steps of {self.settings.get('loop.batch', '?')} samples.",
             *self._measured(),
             "## Settings",
-            _table(("setting", "value"), [(f"`{k}`", f"`{v}`") for k, v in sorted(self.settings.items()) if v]),
+            _table(("setting", "value"), [(f"`{k}`", f"`{v}`") for k, v in self._shown_settings() if v]),
         ]
         return "\n\n".join(parts) + "\n"
 
@@ -96,6 +97,9 @@ class Provenance:
             pipeline_tag="image-to-video" if sees_both_ends else "image-to-image",
             tags=["v4e", "lora"] if form == "lora" else ["v4e"],
         ).to_yaml()
+
+    def _shown_settings(self) -> Iterator[tuple[str, object]]:
+        yield from ((key, scrub(value, key.rpartition(".")[2])) for key, value in sorted(self.settings.items()))
 
     def _sources(self) -> Iterator[Sequence[str]]:
         models = {part: self.settings[part] for part in PLAYERS if self.settings.get(part)}

@@ -6,7 +6,7 @@ or not at all, so a batch that was killed is gone on with by the same command.
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ from v4e.nouns import Clip
 from v4e.pipelines import EditPipeline
 
 QUARANTINE, LOCK = "quarantine.jsonl", ".lock"
+FRAMES = "frames"  # of a recipe: the format of the evolution that was written with the edit
 Offload = Literal["none", "model", "sequential"]
 
 
@@ -55,11 +56,13 @@ class Studio:
 
     Args:
         model, weights: what files will say of it.
+        memory: how it was fitted; some of it shows in an edit.
     """
 
     pipeline: EditPipeline
     model: str
     weights: str
+    memory: Memory = Memory()
 
     @staticmethod
     def open(model: str, device: str, memory: Memory = Memory()) -> "Studio":  # noqa: B008  frozen
@@ -74,7 +77,7 @@ class Studio:
         name = Path(model).resolve().name if Path(model).is_dir() else model
         weights = weights_hash(pipeline.backbone)  # before any of them is sent away
         settle(pipeline, device, memory)
-        return Studio(pipeline, name, weights)
+        return Studio(pipeline, name, weights, memory)
 
     def recipe(self, job: Job, photo: bytes) -> bytes:
         """All that determines an edit, as JSON in ASCII: what its file will say."""
@@ -88,6 +91,9 @@ class Studio:
             **(reasoning if settings.reasoning_frames else {}),
             "model": self.model,
             "weights": self.weights,
+            "dtype": str(self.memory.dtype).removeprefix("torch."),
+            **({"vae_tiling": True} if self.memory.vae_tiling else {}),
+            **({FRAMES: settings.frames} if settings.frames else {}),
             "photo": hash_of(photo),
             "v4e": __version__,
         }
@@ -215,7 +221,7 @@ def run_batch(studio: Studio, jobs: Path, folder: Path, defaults: Settings) -> T
         for number, line in lines:
             try:
                 job = parse(line, number, jobs.parent, folder, defaults)
-                _claim(job.output, number, owners)
+                _claim(job.outputs, number, owners)
                 tally.count(_serve(studio, job))
             except StopError:
                 raise
@@ -261,18 +267,21 @@ def _serve(studio: Studio, job: Job) -> bool:
 
 
 def _is_made(job: Job, recipe: bytes) -> bool:
-    if not job.output.is_file() or (job.settings.frames and not job.frames_output.is_file()):
+    if not all(output.is_file() for output in job.outputs):
         return False
     try:
-        return photos.recipe_in(job.output.read_bytes()) == json.loads(recipe)
+        said, wanted = photos.recipe_in(job.output.read_bytes()), json.loads(recipe)
     except (DataError, OSError):
         return False
+    if FRAMES not in wanted:
+        said.pop(FRAMES, None)
+    return said == wanted
 
 
-def _claim(output: Path, number: int, owners: dict[Path, int]) -> None:
-    if owner := owners.get(output):
-        raise DataError(f"line {owner} writes the same output", where=str(output), fix="name another")
-    owners[output] = number
+def _claim(outputs: Sequence[Path], number: int, owners: dict[Path, int]) -> None:
+    if taken := next((output for output in outputs if output in owners), None):
+        raise DataError(f"line {owners[taken]} writes the same output", where=str(taken), fix="name another")
+    owners |= dict.fromkeys(outputs, number)
 
 
 def _refusal(number: int, error: V4EError) -> bytes:

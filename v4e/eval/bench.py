@@ -11,7 +11,7 @@ from v4e import __version__
 from v4e.data.disk import writable
 from v4e.errors import CheckpointError, ConfigError
 from v4e.eval.measures import Eyes
-from v4e.eval.own import COPY, QUARANTINE, Subject, evaluate, fingerprint
+from v4e.eval.own import COPY, QUARANTINE, Subject, evaluate, fingerprint, named_models
 from v4e.eval.page import PAGE, write_page
 from v4e.eval.run import Edit
 from v4e.eval.summary import Summary, overview, summarise, write
@@ -118,16 +118,16 @@ def line_up(asked: Asked, folder: Path, rooms: Rooms) -> Lineup:
 
     Raises:
         CheckpointError: a model is missing or damaged.
-        ConfigError: a baseline has no name.
+        ConfigError: a baseline has no name, or that of another row.
     """
-    rivals, absent = [*map(_named, asked.baselines)], dict[str, str]()
+    rivals, absent = named_models(asked.baselines, "--baseline", rows=[COPY, STUDENT]), dict[str, str]()
     student = folder_of(asked.model, folder, rooms)
-    if INIT not in dict(rivals):
+    if INIT not in rivals:
         try:
-            rivals = [(INIT, _base_of(asked.model, rooms)), *rivals]
+            rivals = {INIT: _base_of(asked.model, rooms), **rivals}
         except (CheckpointError, ConfigError) as error:
             absent[INIT] = f"{INIT}, the student before training, is not shown: {error}"
-    folders = [(name, folder_of(place, folder, rooms)) for name, place in rivals]
+    folders = [(name, folder_of(place, folder, rooms)) for name, place in rivals.items()]
     card = Card.read(student)
     steps, seeds = tuple(dict.fromkeys(asked.steps)) or (card.steps,), tuple(range(asked.seeds))
     made = [_subject(name, at, asked, steps, seeds) for name, at in [*folders, (STUDENT, student)]]
@@ -159,13 +159,6 @@ def _base_of(model: str, rooms: Rooms) -> str:
     base = rooms.base_of(Path(model))
     locate(base, ["*"])
     return base
-
-
-def _named(word: str) -> tuple[str, str]:
-    name, equals, model = word.partition("=")
-    if not (name and equals and model):
-        raise ConfigError(f"{word!r} is no baseline", where="--baseline", fix="write NAME=RUN, such as sft=runs/sft")
-    return name, model
 
 
 def _subject(name: str, folder: Path, asked: Asked, steps: tuple[int, ...], seeds: tuple[int, ...]) -> Subject:

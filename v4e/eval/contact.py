@@ -11,15 +11,17 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from v4e import flow
-from v4e.data.collate import student_conditions
+from v4e.data.collate import TextKind, student_conditions
 from v4e.data.shards import ShardSet
 from v4e.dist import Ranks
+from v4e.errors import ConfigError, DataError
 from v4e.eval.metrics import edit_mask, score
 from v4e.eval.sheet import Column, SheetRow, draw
 from v4e.models.codec import WanCodec
@@ -38,6 +40,7 @@ class ContactSheet:
         validation: shard folder with encoded triplets.
         codec: diffusers folder or Hub id whose VAE decodes.
         player: who is shown.
+        text: which prompt it reads.
         shift, steps: of the few-step grid.
         rows: validation samples shown, the first ones.
     """
@@ -46,9 +49,36 @@ class ContactSheet:
     codec: str
     ranks: Ranks
     player: str = "student"
+    text: TextKind = "instruction"
     shift: float = 3.0
     steps: int = 4
     rows: int = 11
+
+    @staticmethod
+    def of(recipe: Any, ranks: Ranks) -> "ContactSheet":
+        """The edits of a recipe's own validation set.
+
+        Raises:
+            ConfigError: the recipe's model is told both ends.
+        """
+        if getattr(recipe, "conditioned_on", "first") != "first":
+            what = "a contact sheet shows edits made of the source alone, and this model is told both ends"
+            raise ConfigError(what, where="key loop.validation", fix="leave it empty")
+        text = getattr(recipe, "text", "instruction")
+        return ContactSheet(recipe.loop.validation, recipe.codec, ranks, text=text, shift=recipe.shift)
+
+    def prepare(self) -> None:
+        """Read what every sheet needs; a run calls it before its first step.
+
+        Raises:
+            DataError: there is no set, or nothing in it.
+            CheckpointError: there is no VAE to decode with.
+        """
+        if not self._samples:
+            raise DataError("holds no sample to show", where=str(self.validation), fix="leave loop.validation empty")
+        self._conditions.to(self.ranks.device)
+        if self.ranks.is_main:
+            self._codec.vae.to("cpu")
 
     def edit(self, players: Mapping[str, Backbone]) -> Tensor:
         """Edit every validation sample once, from the same noise each time; latents on the CPU."""
@@ -103,7 +133,7 @@ class ContactSheet:
 
     @cached_property
     def _conditions(self) -> Conditions:
-        return student_conditions([s.encoded for s in self._samples if s.encoded], "instruction")
+        return student_conditions([s.encoded for s in self._samples if s.encoded], self.text)
 
     @cached_property
     def _noise(self) -> Tensor:

@@ -29,7 +29,7 @@ from v4e.pipelines import as_clip
 
 QUARANTINE, SCORES, LOCK = "quarantine.jsonl", "scores.jsonl", ".lock"
 COPY = "copy"
-NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,60}")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,60}")
 SAMPLED = 1 << 20  # bytes at both ends of a file that its fingerprint is made of
 
 
@@ -51,8 +51,7 @@ class Subject:
     seeds: tuple[int, ...] = (0,)
 
     def __post_init__(self) -> None:
-        if not NAME.fullmatch(self.name):
-            raise ConfigError(f"{self.name!r} is no name of a row", fix="use ASCII letters, digits, _, . and -")
+        _check_name(self.name)
 
 
 @dataclass(frozen=True)
@@ -298,9 +297,34 @@ def _seed(seed: int, case: Known) -> int:
     return seed_of("eval", seed, case.id)
 
 
-def _refuse_twins(names: Sequence[str]) -> None:
+def named_models(words: Sequence[str], option: str, rows: Sequence[str] = ()) -> dict[str, str]:
+    """Models under the names of their rows, from an option's words ``NAME=MODEL``.
+
+    Args:
+        option: such as ``--baseline``, for the errors.
+        rows: names that are given already.
+
+    Raises:
+        ConfigError: a word is of another form, or two rows share a name.
+    """
+    split = [word.partition("=") for word in words]
+    if odd := next((word for word, (name, _, model) in zip(words, split, strict=True) if not (name and model)), None):
+        fix = "write NAME=MODEL, such as sft=runs/sft"
+        raise ConfigError(f"{odd!r} is no name and model", where=option, fix=fix)
+    for name, _, _ in split:
+        _check_name(name, option)
+    _refuse_twins([*rows, *(name for name, _, _ in split)], option)
+    return {name: model for name, _, model in split}
+
+
+def _check_name(name: str, where: str | None = None) -> None:
+    if not NAME.fullmatch(name):
+        raise ConfigError(f"{name!r} is no name of a row", where=where, fix="use ASCII letters, digits, _, . and -")
+
+
+def _refuse_twins(names: Sequence[str], where: str | None = None) -> None:
     if twin := next((name for n, name in enumerate(names) if name in names[:n]), None):
-        raise ConfigError(f"two rows are called {twin!r}", where="--baseline", fix="name it differently")
+        raise ConfigError(f"two rows are called {twin!r}", where=where, fix="name one differently")
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from v4e.config import Loop
 from v4e.data.collate import collate
 from v4e.errors import ConfigError, found_at
 from v4e.models import wan
-from v4e.nouns import Conditions, Draw, EditBatch, Levels, Losses, Optim, Player, RolloutBatch, Sample
+from v4e.nouns import Conditions, Draw, EditBatch, Levels, Losses, Optim, Player, RolloutBatch, Sample, shared_frames
 from v4e.verbs import Backbone
 
 
@@ -113,6 +113,7 @@ class Video4Edit:
     loop: Loop = field(default_factory=Loop)
 
     def players(self) -> Sequence[Player]:
+        self._refuse_unpaired()
         declared = self._declare("student", "i2v", self.loop.seed if self.fresh else None)
         student = Player("student", *declared, True, self.optim, self.zero_stage)
         players = [student]
@@ -186,7 +187,8 @@ class Video4Edit:
 
     def _refuse_unfit(self, rollout: RolloutBatch) -> None:
         """Roll-outs that lack what the terms need would silently train something else."""
-        missing = self._few_levels[at_levels(self._few_levels, rollout.sigma_BK[0]) == 0].tolist()
+        levels = self._few_levels
+        missing = [level for kept_K in rollout.sigma_BK for level in levels[at_levels(levels, kept_K) == 0].tolist()]
         if missing:
             raise ConfigError(
                 f"the roll-outs do not stop at {missing[0]:.4f}, a level of the student's few-step grids",
@@ -204,6 +206,15 @@ class Video4Edit:
                 f"no level of the grids of {list(self.few_steps)} steps is between {self.own_from} and 1",
                 where="keys own_from and few_steps",
                 fix="lower own_from, add a grid of more steps, or set own_every=0",
+            )
+
+    def _refuse_unpaired(self) -> None:
+        ours, theirs = len(self.student_blocks), len(self.teacher_blocks)
+        if self._matches_blocks and ours != theirs:
+            raise ConfigError(
+                f"{ours} blocks of the student, {theirs} of the teacher, which are matched one by one",
+                where="keys student_blocks and teacher_blocks",
+                fix="name as many of each",
             )
 
     def _declare(self, key: Literal["teacher", "student"], kind: wan.Kind, fresh_seed: int | None = None):
@@ -292,6 +303,12 @@ class Video4Edit:
         with torch.no_grad():
             full = rollout.full_BKCthw[rows, kept_B]
             _, *theirs = teacher(full, rollout.sigma_BK[rows, kept_B], rollout.teacher, self.teacher_blocks)
+        if hidden[0].shape[-1] != theirs[0].shape[-1]:
+            raise ConfigError(
+                f"the student's hidden states have {hidden[0].shape[-1]} channels, the teacher's {theirs[0].shape[-1]}",
+                where="key terms.block",
+                fix="take models of one width, or set terms.block=0",
+            )
         weight_B = (point.kept_B >= 0).float() * batch.weight_B
         t_student, t_teacher = point.x_BCthw.shape[2], full.shape[2]
         pairs = zip(hidden, theirs, strict=True)
@@ -333,5 +350,5 @@ def at_levels(sigma_B: Tensor, levels_K: Tensor) -> Tensor:
 
 def shared_tokens(h_BSD: Tensor, t_long: int, t_short: int) -> Tensor:
     """Tokens of the latent frames that the shorter clip keeps [B, S', D]; both ends always among them."""
-    frames = [round(i * (t_long - 1) / max(1, t_short - 1)) for i in range(t_short)]
+    frames = list(shared_frames(t_long, t_short))
     return h_BSD.unflatten(1, (t_long, -1))[:, frames].flatten(1, 2)

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -82,7 +83,8 @@ def save(
     if ranks.is_main:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        (partial / STATE).write_text(json.dumps(asdict(state), indent=1))
+        with _room(partial / STATE):
+            (partial / STATE).write_text(json.dumps(asdict(state), indent=1))
     dist.barrier()
     kept = (collect(role, averages[name], ranks) for name, role in cast.trained.items())
     _write(partial / f"rank_{ranks.rank:05d}", chain(_generators(ranks), *kept))
@@ -166,7 +168,7 @@ def _is_among(key: str, names: Iterable[str]) -> bool:
 def find(folder: Path, ranks: Ranks) -> tuple[Path | None, list[str]]:
     """The last whole checkpoint, and a sentence for each damaged one that was passed over. All ranks answer alike."""
     complaints = []
-    for path in sorted(dist.share(_listed(folder)), reverse=True):
+    for path in sorted(dist.share(listed(folder)), reverse=True):
         damage = check(path, ranks)
         if not damage:
             return path, complaints
@@ -197,7 +199,8 @@ def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step_"))
 
 
-def _listed(folder: Path) -> list[Path]:
+def listed(folder: Path) -> list[Path]:
+    """Checkpoints of a run, damaged ones among them, in no order."""
     return [p for p in folder.glob("step_*") if p.is_dir() and p.name.removeprefix("step_").isdigit()]
 
 
@@ -214,11 +217,17 @@ def _write(stem: Path, values: Iterable[tuple[str, Tensor]]) -> None:
 
 
 def _save_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """TrainingError where the disk does not take it, as is found on one machine and not on the others."""
-    try:
+    with _room(path):
         save_file(dict(tensors), path)
         share(path)
         flush(path)
+
+
+@contextmanager
+def _room(path: Path) -> Iterator[None]:
+    """TrainingError where the disk does not take it, as is found on one machine and not on the others."""
+    try:
+        yield
     except (OSError, SafetensorError) as error:
         fix = "make room; the same command goes on from the last checkpoint"
         raise TrainingError(f"the checkpoint cannot be written: {error}", where=str(path), fix=fix) from error
@@ -255,9 +264,10 @@ def _hash(path: Path) -> str:
 
 def _seal(partial: Path, final: Path, hashes: Mapping[str, str]) -> None:
     """Flush what is not yet on the disk, then let the name appear."""
-    (partial / SEAL).write_text(json.dumps({"files": hashes}, indent=1))
-    for path in (partial / STATE, partial / SEAL, partial):
-        flush(path)
+    with _room(partial / SEAL):
+        (partial / SEAL).write_text(json.dumps({"files": hashes}, indent=1))
+        for path in (partial / STATE, partial / SEAL, partial):
+            flush(path)
     if final.exists():  # damaged, or it would have been gone on from
         os.replace(final, final.with_name(f".{final.name}.damaged.partial"))
     os.replace(partial, final)
@@ -268,6 +278,6 @@ def _prune(folder: Path, step: int, loop: Loop) -> None:
     """Keep the last ones up to the step just saved: what is beyond it was damaged and passed over."""
     for torn in folder.glob(".*.partial"):  # of a process that was killed while writing
         shutil.rmtree(torn, ignore_errors=True)
-    for old in sorted(p for p in _listed(folder) if step_of(p) <= step)[: -max(1, loop.keep_last)]:
+    for old in sorted(p for p in listed(folder) if step_of(p) <= step)[: -max(1, loop.keep_last)]:
         if not (loop.keep_every and step_of(old) % loop.keep_every == 0):
             shutil.rmtree(old, ignore_errors=True)

@@ -1,5 +1,6 @@
 """A run: everything in training that has state. Engines, averages, journal, step."""
 
+import itertools
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from v4e import __version__, dist
 from v4e.config import Loop, flat, to_dict
-from v4e.data.disk import share
+from v4e.data.disk import share, writable
 from v4e.dist import Ranks
 from v4e.errors import CheckpointError, ConfigError, PreemptedError
 from v4e.journal import Bar, Journal, revision
@@ -36,6 +37,10 @@ SHARD_BYTES = 5 * 1024**3  # of one weights file
 
 class Sheet(Protocol):
     """Fixed validation edits, made and shown during training."""
+
+    def prepare(self) -> None:
+        """Read what every sheet needs, so that what is missing is said before the first step and not at the last."""
+        ...
 
     def edit(self, players: Mapping[str, Backbone]) -> Tensor:
         """The edits by the players as they are; every rank calls it, for ZeRO-3 gathers from all."""
@@ -128,7 +133,7 @@ class Run:
         raise PreemptedError(
             f"stopped by {notice.heard or 'the signal of another rank'}, saved",
             where=f"step {self.progress.step}",
-            fix="the same command goes on from there, unless it says --resume never",
+            fix="the same command goes on from there, unless its --resume says otherwise",
         )
 
     def _after(self, bar: Bar, numbers: dict[str, float] | None) -> None:
@@ -229,8 +234,9 @@ class _Writer:
 
     def _spill(self) -> None:
         file = self._folder / f".{self._stem}.{len(self._files)}.partial"
-        save_file(self._held, file)
-        share(file)
+        with writable(file):
+            save_file(self._held, file)
+            share(file)
         self._files.append(file)
         self._held = {}
 
@@ -290,15 +296,22 @@ def open_run(
     if start:
         checkpoint.agree(state, fresh, recipe, start)
     stream = make_stream(ranks.rank, ranks.world)  # before the networks: it fails sooner
+    if sheet:
+        sheet.prepare()
     players = cast(recipe.players(), loop, ranks)
     torch.manual_seed(seed_of(loop.seed, "rank", ranks.rank))  # of dropout and the like; building has drawn from it
     averages = {name: _averages(role) if loop.ema else [] for name, role in players.trained.items()}
     if start:
         checkpoint.load(start, players, averages, ranks)
     sentences = [*complaints, *_greeting(Path(loop.output), start, state, ranks)]
+    if start and resume != "auto":
+        sentences += _abandon(Path(loop.output) / "checkpoints", start, state.step, ranks)
     journal = _journal(recipe, state.step if start else None, ranks, players, data, sentences)
     saved = state.step if start else -1
-    return Run(recipe, players, averages, stream, journal, _progress(state), ranks, sheet, data, saved, work())
+    run = Run(recipe, players, averages, stream, journal, _progress(state), ranks, sheet, data, saved, work())
+    if start and not _is_in(start, run.folder / "checkpoints"):
+        run.save()  # or a later `auto` would not find what this run began with
+    return run
 
 
 def _fresh(recipe: Recipe, ranks: Ranks, data: str) -> checkpoint.State:
@@ -333,6 +346,24 @@ def _set_aside(folder: Path, ranks: Ranks) -> None:
         shutil.rmtree(old, ignore_errors=True)
         os.replace(folder, old)
     dist.barrier()
+
+
+def _abandon(folder: Path, start: Path, step: int, ranks: Ranks) -> list[str]:
+    """Set aside what a later `auto` would prefer to the checkpoint that was named, and say so."""
+    others = [p for p in checkpoint.listed(folder) if not _is_in(start, folder) or checkpoint.step_of(p) > step]
+    dist.barrier()  # all have looked
+    old = folder.with_name(f"{folder.name}.old")
+    if ranks.is_main and others:
+        old.mkdir(exist_ok=True)
+        for path in others:
+            names = (f"{path.name}.{n}" if n else path.name for n in itertools.count())  # of an earlier branch, too
+            os.replace(path, next(old / name for name in names if not (old / name).exists()))
+    dist.barrier()
+    return [f"set aside in {old}: {', '.join(sorted(path.name for path in others))}"] if others else []
+
+
+def _is_in(path: Path, folder: Path) -> bool:
+    return path.parent.resolve() == folder.resolve()
 
 
 def _named_checkpoint(path: Path, ranks: Ranks) -> Path:
