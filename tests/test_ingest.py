@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_tools import cli, ingest
-from data_tools.ingest import sources, work
+from data_tools import cli, evolve, ingest
+from data_tools.evolve import writers
+from data_tools.ingest import ledger, sources, work
 from v4e import journal
 from v4e.config import Wandb
 from v4e.errors import ConfigError, DataError, ShapeError
@@ -117,6 +118,7 @@ def test_each_reason(raw, reason):
         (b"{", "not json"),
         (b'["x"]', "not json"),
         (b"\x89PNG\r\x1a", "not UTF-8"),
+        (b'{"id": "x", "extra": ' + b"[" * 100_000, "not json"),
     ],
 )
 def test_lines_that_cannot_be_read(raw, line, reason):
@@ -287,6 +289,103 @@ def killed(raw: Raw, moment: int | str) -> None:
         raw.take(watch=watch, workers=1)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+def test_ingest_and_evolve_do_not_undo_each_others_work(raw):
+    raw.add("x")
+    raw.take()
+    raw.add("y", edited="c.png")
+
+    def evolving(rows) -> Iterator:
+        with pytest.raises(DataError, match="another writer is at work"):
+            evolve.add_evolutions(raw.out)
+        yield from rows
+
+    class Ingesting:
+        signature = "test 1"
+
+        def drafts(self, triplets) -> Iterator:
+            with pytest.raises(DataError, match="another writer is at work"):
+                raw.take()
+            yield [writers.Draft(t, "it reddens") for t in triplets]
+
+    assert raw.take(watch=evolving).reused == 1
+    evolve.add_evolutions(raw.out, Ingesting())
+    assert [(t.id, t.evolution) for t in ingest.read_triplets(raw.out)] == [("x", "it reddens"), ("y", "it reddens")]
+
+
+def test_what_the_source_holds_no_more_goes_only_when_told(raw, capsys):
+    for key, edited in (("x", "b"), ("y", "c"), ("z", "d")):
+        raw.add(key, edited=f"{edited}.png")
+    raw.take()
+    evolve.add_evolutions(raw.out)
+    before, lines = (raw.out / "triplets.jsonl").read_bytes(), raw.lines
+    raw.lines = [lines[0], lines[1][:9]]
+    told = (
+        r"triplets\.jsonl: 2 triplets taken before are not in the source now, such as y; the first reject: .*not json"
+    )
+    with pytest.raises(DataError, match=told):
+        raw.take()
+    assert (raw.out / "triplets.jsonl").read_bytes() == before
+    raw.lines = [lines[0], lines[1].replace(b"c.png", b"none.png"), lines[2]]
+    assert raw.take().rejected == {"missing file": 1}  # a row that is there, and says why it goes
+    raw.lines = lines[:1]
+    words = ["ingest", str(raw.jsonl), str(raw.out), "--height", "32", "--width", "48"]
+    assert cli.main(words) == DataError.exit_code
+    assert cli.main([*words, "--forget"]) == 0
+    assert "0 taken, 1 taken before, 0 rejected, 1 forgotten" in capsys.readouterr().out
+    assert [(t.id, bool(t.evolution)) for t in ingest.read_triplets(raw.out)] == [("x", True)]
+
+
+def test_a_list_that_was_taken_for_another_leaves_the_folder_as_it_was(raw):
+    """What it replaced among the pictures is copied again."""
+    raw.add("x")
+    raw.add("y", edited="c.png")
+    raw.take()
+    right, raw.lines = raw.lines, []
+    raw.add("x", edited="d.png")
+    with pytest.raises(DataError, match="1 triplets taken before are not in the source now, such as y"):
+        raw.take()
+    raw.lines = right
+    assert raw.take().reused == 1
+    assert [*ingest.verify_triplets(raw.out)] == []
+    x, _ = ingest.read_triplets(raw.out)
+    assert np.array_equal(pixels(x.read_target()), picture(ord("b")))
+
+
+def test_a_killed_run_has_promised_nothing(raw):
+    """Of another list, begun by mistake: its triplets were in no list yet."""
+    many(raw)
+    killed(raw, 19)
+    raw.lines = []
+    raw.add("x")
+    report = raw.take()
+    assert (report.accepted, report.forgotten) == (1, 0) and [t.id for t in ingest.read_triplets(raw.out)] == ["x"]
+
+
+def test_a_full_disk_is_told_as_one_by_the_ledger_too(raw, monkeypatch):
+    for n, edited in enumerate("bcdefgh"):
+        raw.add(f"k{n}", "paint it " + "very " * 1000 + "red", edited=f"{edited}.png")
+    monkeypatch.setattr(ledger, "SCHEMA", f"{ledger.SCHEMA}PRAGMA max_page_count = 16;")
+    with pytest.raises(DataError, match="out: the disk is full.*make room and run the same command again"):
+        raw.take()
+    monkeypatch.undo()
+    report = raw.take()
+    assert report.accepted + report.reused == 7
+
+
+def test_signatures_of_urls_are_written_nowhere(raw):
+    signed = "https://127.0.0.1:1/a.png?X-Amz-Signature=hush"
+    raw.lines.append(
+        json.dumps({"id": "x", "instruction": signed, "source": signed, "edited": ["no picture"]}).encode()
+    )
+    raw.add("y", source="::" + signed)
+    raw.take()
+    with pytest.raises(DataError) as why:
+        ingest.ingest(signed, raw.out, SIZE, wandb=Wandb("offline"))
+    assert "hush" not in str(why.value)
+    assert [r["reason"] for r in raw.rejects()] == ["wrong type", "refused URL"]
+    assert not [p for p in raw.out.rglob("*") if p.is_file() and b"hush" in p.read_bytes()]
 
 
 def test_workers_change_nothing(raw):

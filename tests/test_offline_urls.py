@@ -17,7 +17,7 @@ from test_storage import s3  # noqa: F401  (a fixture)
 
 from data_tools import cli, evolve
 from data_tools.evolve import writers
-from data_tools.ingest import ingest, read_triplets, verify_triplets, write_triplets
+from data_tools.ingest import ingest, read_triplets, sole_writer, verify_triplets, write_triplets
 from data_tools.ingest.triplets import to_row
 from data_tools.migrate import migrate
 from data_tools.rollout import Worker, rollout
@@ -392,5 +392,5 @@ def test_answers_are_kept_on_the_store(url):
 
 
 def test_two_at_work_on_one_machine(bare):
-    with disk.lock(disk.scratch(place(bare)) / ".evolve.lock"), pytest.raises(DataError, match="another writer"):
+    with sole_writer(place(bare)), pytest.raises(DataError, match="another writer"):
         evolve.add_evolutions(bare)

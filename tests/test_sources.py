@@ -3,6 +3,8 @@
 import http.server
 import io
 import json
+import os
+import socket
 import subprocess
 import sys
 import tarfile
@@ -11,6 +13,7 @@ import zlib
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -18,10 +21,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
-from data_tools import cli, ingest
-from data_tools.ingest import layouts, pictures, sources
+from data_tools import cli, evolve, ingest
+from data_tools.ingest import layouts, ledger, pictures, sources
 from data_tools.ingest.ledger import NEAR, Ledger
 from data_tools.ingest.sources import Part
+from v4e.data.places import PassingError, patiently, place, put
 from v4e.errors import ConfigError, DataError
 
 SIZE = (32, 48)
@@ -72,6 +76,59 @@ def test_csv(tmp_path):
     one, two = check_two(tmp_path / "out")
     assert (one.id, one.extra, two.extra) == ("a", {"note": "x, y"}, {})
     assert [r["line"] for r in rejects(tmp_path / "out")] == [3, 4]
+
+
+def test_csv_as_pandas_writes_it_with_its_index(tmp_path):
+    for n in range(1, 5):
+        (tmp_path / f"{n}.png").write_bytes(png(n))
+    text = ",id,instruction,source,edited\n0,a,make it red,1.png,2.png\n1,b,把它变蓝,3.png,4.png\n2,c,x,1.png,2.png,y\n"
+    (tmp_path / "edits.csv").write_text(text)
+    assert take(tmp_path / "edits.csv", tmp_path / "out").rejected == {"not csv": 1}
+    assert [(t.id, t.extra) for t in check_two(tmp_path / "out")] == [("a", {}), ("b", {})]
+
+
+def test_folders_that_cannot_be_looked_into_are_named(tmp_path, monkeypatch):
+    raw = tmp_path / "raw"
+    for folder in ("bad", "good", "elsewhere"):
+        (raw / folder).mkdir(parents=True)
+        for column, seed in (("source", 1), ("edited", 2)):
+            (raw / folder / f"{folder}.{column}.png").write_bytes(png(seed))
+        (raw / folder / f"{folder}.txt").write_text("make it red")
+    (raw / "elsewhere").rename(tmp_path / "elsewhere")
+    (raw / "link").symlink_to(tmp_path / "elsewhere")
+    scan = os.scandir
+
+    def failing(path):
+        if str(path).endswith("bad"):
+            raise OSError(5, "Input/output error")
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", failing)
+    assert take(raw, tmp_path / "out").rejected == {"unreadable folder": 1, "linked folder": 1}
+    assert [t.id for t in ingest.read_triplets(tmp_path / "out")] == ["good"]
+    told = {r["file"]: r["detail"] for r in rejects(tmp_path / "out")}
+    assert told == {
+        str(raw / "link"): "a link to a folder is not followed",
+        str(raw / "bad"): "OSError: [Errno 5] Input/output error",
+    }
+
+
+def test_sets_in_folders_that_cannot_be_looked_into_are_named(tmp_path, monkeypatch):
+    rows = [{"instruction": "make it red", "input": embedded(1), "output": embedded(2)}]
+    for folder in ("train", "validation"):
+        (tmp_path / "in" / folder).mkdir(parents=True)
+        parquet(tmp_path / "in" / folder / "0000.parquet", rows)
+    scan = os.scandir
+
+    def failing(path):
+        if str(path).endswith("validation"):
+            raise PermissionError(13, "Permission denied")
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", failing)
+    assert take(tmp_path / "in", tmp_path / "out", "gpt-image-edit").accepted == 1
+    (row,) = rejects(tmp_path / "out")
+    assert (row["reason"], row["file"]) == ("unreadable folder", str(tmp_path / "in/validation"))
 
 
 def test_a_folder_of_pictures(tmp_path):
@@ -150,6 +207,21 @@ def test_layouts_of_known_sets(tmp_path, name):
     assert one.task == more.get("task", "") and {k: v for k, v in one.extra.items() if v is not None} == told
 
 
+def test_made_ids_of_files_with_one_name_differ(tmp_path):
+    long = "a-name-with-more-than-sixty-letters-before-its-number-comes-to-an-end"
+    names = ["train/0000", "validation/0000", f"train/{long}-0", f"train/{long}-1", "train/short"]
+    for n, name in enumerate(names):
+        row = {"instruction": f"edit {n}", "input": embedded(2 * n), "output": embedded(2 * n + 1)}
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        parquet(tmp_path / "in" / f"{name}.parquet", [row])
+    assert str(take(tmp_path / "in", tmp_path / "out", "gpt-image-edit")) == "5 taken, 0 taken before, 0 rejected"
+    ids = {t.instruction: t.id for t in ingest.read_triplets(tmp_path / "out")}
+    assert ids["edit 4"] == "short-000001" and len(set(ids.values())) == 5
+    assert all(ids[f"edit {n}"].startswith("0000-") and len(ids[f"edit {n}"]) == 20 for n in (0, 1))
+    take(tmp_path / "in" / "train", tmp_path / "one", "gpt-image-edit")
+    assert {t.id for t in ingest.read_triplets(tmp_path / "one")} >= {"0000-000001", "short-000001"}
+
+
 def test_turns_become_pairs(tmp_path):
     rows = [
         {"key": "s", "frames": [embedded(1), embedded(2), embedded(4)], "asks": ["make it red", "turn it"]},
@@ -213,6 +285,7 @@ def test_webdataset_tars(tmp_path):
     assert [t.id for t in check_two(tmp_path / "out")] == ["a", "b"]
 
 
+TWO = [("a", "make it red", 1), ("b", "把它变蓝", 3)]
 FAULTS = {
     "outside the root": [("../c.source.png", png(5)), ("../c.edited.png", png(6)), ("../c.txt", b"x")],
     "pickle": [("c.source.png", png(5)), ("c.edited.png", png(6)), ("c.txt", b"x"), ("c.pkl", b"cos\nsystem\n")],
@@ -308,6 +381,22 @@ def test_a_root_may_be_said(tmp_path):
     assert take(tmp_path / "lists/x.jsonl", tmp_path / "b", root=str(tmp_path)).accepted == 1
 
 
+def test_a_root_may_lie_elsewhere_than_the_list(web, tmp_path):
+    folder, url = web
+    row = {"id": "x", "instruction": "make it red", "source": "1.png", "edited": "2.png"}
+    for there, listed_at, root in ((folder, tmp_path, url), (tmp_path, folder, str(tmp_path))):
+        for name, seed in (("1.png", 1), ("2.png", 2)):
+            (there / name).write_bytes(png(seed))
+        (listed_at / "x.jsonl").write_text(json.dumps(row))
+        source = f"{url}/x.jsonl" if listed_at == folder else tmp_path / "x.jsonl"
+        out = tmp_path / f"out-{listed_at.name}"
+        assert str(take(source, out, root=root)) == "1 taken, 0 taken before, 0 rejected"
+        (x,) = ingest.read_triplets(out)
+        assert np.array_equal(shown(x.read_target()), pixels(2))
+        for name in ("1.png", "2.png"):
+            (there / name).unlink()
+
+
 @pytest.mark.parametrize("source", ["pipe:cat x.tar", "zip://a::http://b/c.tar", "file:///x.jsonl", "nowhere.jsonl"])
 def test_sources_that_are_not_opened(tmp_path, source):
     with pytest.raises(DataError):
@@ -317,16 +406,38 @@ def test_sources_that_are_not_opened(tmp_path, source):
         take(tmp_path / "x.json", tmp_path / "out")
 
 
+BROKEN, HUNG_UP, FOREVER = 0, 1, 1000
+
+
+class Faulty(http.server.SimpleHTTPRequestHandler):
+    """Answers with a file's faults while there are any: a status, BROKEN for a body that ends early, or HUNG_UP."""
+
+    faults: ClassVar[dict[str, list[int]]] = {}
+
+    def send_head(self):
+        coming = self.faults.get(self.path.lstrip("/"))
+        if not coming or (coming[0] == BROKEN and self.command == "HEAD"):
+            return super().send_head()
+        if (fault := coming.pop(0)) == 200:
+            return super().send_head()
+        if fault >= 400:
+            return self.send_error(fault)
+        if fault == HUNG_UP:
+            return self.connection.shutdown(socket.SHUT_RDWR)
+        self.send_response(200)
+        self.send_header("Content-Length", "1000")
+        self.end_headers()
+        return io.BytesIO(b"half")
+
+    def log_message(self, *words) -> None:
+        """Nothing."""
+
+
 @pytest.fixture
 def web(tmp_path):
     """A real web server over a folder."""
     (tmp_path / "web").mkdir()
-
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *words) -> None:
-            """Nothing."""
-
-    handler = partial(Quiet, directory=str(tmp_path / "web"))
+    handler = partial(Faulty, directory=str(tmp_path / "web"))
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield tmp_path / "web", f"http://127.0.0.1:{server.server_port}"
@@ -352,6 +463,117 @@ def test_a_tar_behind_http(web, tmp_path):
     tar(folder / "x.tar", GOOD)
     assert take(f"{url}/x.tar", tmp_path / "out").accepted == 2
     check_two(tmp_path / "out")
+
+
+QUICKLY = partial(patiently, pauses=(0.01, 0.01, 0.01))
+
+
+@pytest.fixture
+def faults(monkeypatch):
+    """Faults of the web server to come, by file; nobody waits long for them to pass."""
+    monkeypatch.setattr(Faulty, "faults", {})
+    monkeypatch.setattr(sources, "patiently", QUICKLY)
+    return Faulty.faults
+
+
+def two_edits(folder: Path) -> None:
+    for n in range(1, 5):
+        (folder / f"{n}.png").write_bytes(png(n))
+    listed(folder, [("a", "make it red", "1.png", "2.png"), ("b", "把它变蓝", "3.png", "4.png")])
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "3.png"])
+@pytest.mark.parametrize("fault", [500, 503, 429, BROKEN, HUNG_UP])
+def test_a_network_that_fails_for_a_moment_costs_nothing(web, faults, tmp_path, name, fault):
+    folder, url = web
+    two_edits(folder)
+    faults[name] = [fault] * (6 if name == "3.png" and fault != BROKEN else 3)  # a look is a HEAD and then a GET
+    assert take(f"{url}/x.jsonl", tmp_path / "out").rejected == {}
+    check_two(tmp_path / "out")
+    assert faults[name] == []
+
+
+@pytest.mark.parametrize(("name", "fault"), [("x.jsonl", 500), ("x.jsonl", BROKEN), ("3.png", 500), ("3.png", HUNG_UP)])
+def test_a_network_that_stays_away_stops_the_run_and_nothing_is_forgotten(web, faults, tmp_path, name, fault):
+    folder, url = web
+    two_edits(folder)
+    take(f"{url}/x.jsonl", tmp_path / "out")
+    evolve.add_evolutions(tmp_path / "out")
+    before = (tmp_path / "out/triplets.jsonl").read_bytes()
+    faults[name] = [fault] * FOREVER
+    with pytest.raises(PassingError, match=rf"{url}/{name}: cannot be .*run the same command again"):
+        take(f"{url}/x.jsonl", tmp_path / "out")
+    assert (tmp_path / "out/triplets.jsonl").read_bytes() == before
+    faults.clear()
+    assert take(f"{url}/x.jsonl", tmp_path / "out").rejected == {}
+    assert all(t.evolution for t in check_two(tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"), [(403, "unreadable file"), (404, "missing file"), (410, "unreadable file")]
+)
+def test_what_a_server_refuses_is_a_reject_at_once(web, faults, tmp_path, fault, reason):
+    folder, url = web
+    two_edits(folder)
+    faults["4.png"] = [fault] * FOREVER
+    assert take(f"{url}/x.jsonl", tmp_path / "out").rejected == {reason: 1}
+    assert len(faults["4.png"]) >= FOREVER - 8  # HEAD and GET, for its state and for its bytes
+    assert rejects(tmp_path / "out")[0]["file"] == f"{url}/4.png"
+    faults["x.jsonl"] = [fault] * FOREVER
+    with pytest.raises(DataError, match=f"{url}/x.jsonl: no such file"):
+        take(f"{url}/x.jsonl", tmp_path / "list")
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.csv", "x.tar", "x.parquet"])
+def test_a_server_that_is_not_there_is_no_missing_file(faults, tmp_path, name):
+    with pytest.raises(PassingError, match=rf"http://127.0.0.1:1/{name}: cannot be read.*run the same command again"):
+        take(f"http://127.0.0.1:1/{name}", tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+def test_a_line_that_breaks_inside_a_set_is_no_torn_file(web, faults, tmp_path, kind):
+    folder, url = web
+    rows = [{"id": k, "instruction": w, "source": embedded(s), "edited": embedded(s + 1)} for k, w, s in TWO]
+    tar(folder / "x.tar", GOOD) if kind == "tar" else parquet(folder / "x.parquet", rows)
+    faults[f"x.{kind}"] = [200] * 4 + [BROKEN] * 3
+    assert take(f"{url}/x.{kind}", tmp_path / "out").rejected == {}
+    check_two(tmp_path / "out")
+    assert faults[f"x.{kind}"] == []
+    faults[f"x.{kind}"] = [200] * 4 + [BROKEN] * FOREVER
+    with pytest.raises(PassingError, match=rf"x\.{kind}: cannot be reached: ClientPayloadError"):
+        take(f"{url}/x.{kind}", tmp_path / "out")
+
+
+@pytest.fixture
+def store(monkeypatch):
+    """An S3 of this process, and who makes it fail at objects of a name, or at listings, which are the bucket's."""
+    monkeypatch.setattr(sources, "patiently", QUICKLY)
+    serving, cache = pytest.importorskip("werkzeug.serving"), pytest.importorskip("test_cache")
+    app = cache.Faulty()
+    server = serving.make_server("127.0.0.1", 0, app, threaded=True, request_handler=cache.moto.MotoRequestHandler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    with cache.bucket(server.server_port, AWS_MAX_ATTEMPTS="1") as url:
+        yield url, lambda name, times: app.faults.update({name: [cache.broken] * times})
+    server.shutdown()
+
+
+def test_a_folder_on_a_store_that_fails_is_not_an_empty_one(store, tmp_path):
+    url, fail = store
+    for folder, seed in (("a", 1), ("b", 3)):
+        for column, n in (("source", seed), ("edited", seed + 1)):
+            put(place(url) / "raw" / folder / f"{folder}.{column}.png", png(n))
+        put(place(url) / "raw" / folder / f"{folder}.txt", ["make it red", "把它变蓝"][seed // 2].encode())
+    for part in ("bucket", "b.txt", "b.edited.png"):
+        fail(part, 3)
+        assert take(f"{url}/raw", tmp_path / part).rejected == {}
+        check_two(tmp_path / part)
+        before = (tmp_path / part / "triplets.jsonl").read_bytes()
+        fail(part, FOREVER)
+        with pytest.raises(PassingError, match="run the same command again"):
+            take(f"{url}/raw", tmp_path / part if part != "b.edited.png" else tmp_path / "anew")
+        fail(part, 0)
+        assert take(f"{url}/raw", tmp_path / part).rejected == {}
+        assert (tmp_path / part / "triplets.jsonl").read_bytes() == before
 
 
 # ------------------------------------------------------------------------------------------------------- layouts
@@ -432,6 +654,14 @@ def test_cmyk_by_pillows_formula_and_by_its_own_profile():
     assert (broken == plain).all()
     grey = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()  # a profile of another kind of ink
     assert (np.asarray(pictures.decode(saved(inks, "TIFF", icc_profile=grey))[0]) == plain).all()
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("torn", [b"Exif\0\0II*\0\xff\xff\xff\xff garbage", b"Exif\0\0neither order of bytes"])
+def test_a_torn_exif_block_costs_the_turn_alone(kind, torn):
+    """As for a photograph to be edited."""
+    plain, odd = (pictures.decode(saved(Image.fromarray(pixels(1)), kind, **more)) for more in ({}, {"exif": torn}))
+    assert np.array_equal(np.asarray(odd[0]), np.asarray(plain[0])) and odd[0].size == SIZE[::-1]
 
 
 def test_pixels_without_a_range_are_refused():
@@ -535,6 +765,41 @@ def test_every_look_within_three_bits_is_found(look, bits):
         other ^= 1 << bit
     assert ledger.similar(replace(one, look=f"{other:032x}")) == ("a" if len(bits) <= NEAR else "")
     ledger.close()
+
+
+def test_what_repeats_another_is_not_compared_with_later(tmp_path):
+    """Rows of one instruction with pictures as flat as a wall: each meets the first one and nobody else."""
+    found = Ledger(tmp_path / "ledger", tmp_path)
+    one = ingest.Triplet("k0", "make it red", tmp_path / "s", tmp_path / "e", hashes={"source": "1", "edited": "2"})
+    steps = 0
+
+    def step() -> None:
+        nonlocal steps
+        steps += 1
+
+    found._db.set_progress_handler(step, 100)
+    for n in range(1500):
+        triplet = replace(one, id=f"k{n}", look=f"{0:032x}")
+        found.take(n, replace(triplet, repeats=found.similar(triplet)))
+        assert found.similar(triplet) == "k0"
+    found.close()
+    assert steps < 1500 * 20
+
+
+def test_of_bands_that_thousands_share_the_first_ones_are_looked_at(tmp_path, monkeypatch):
+    """Half of every look is the same; the other halves differ in more than NEAR bits."""
+    monkeypatch.setattr(ledger, "ALIKE", ledger.ALIKE.replace(str(ledger.MOST), "10"))
+    found = Ledger(tmp_path / "ledger", tmp_path)
+    one = ingest.Triplet("k0", "make it red", tmp_path / "s", tmp_path / "e", hashes={"source": "1", "edited": "2"})
+    looks = [(n * 0x9E3779B97F4A7C15 % 2**64) << 64 for n in range(1, 41)]
+    for n, look in enumerate(looks):
+        assert found.similar(near := replace(one, id=f"k{n}", look=f"{look:032x}")) == ""
+        found.take(n, near)
+    assert [found.similar(replace(one, look=f"{look:032x}")) for look in looks] == [f"k{n}" for n in range(40)]
+    far = looks[30] ^ (1 << 64) ^ (1 << 100)  # its own halves differ, and of the common ones it is not among the first
+    assert found.similar(replace(one, look=f"{looks[3] ^ (1 << 64) ^ (1 << 100):032x}")) == "k3"
+    assert found.similar(replace(one, look=f"{far:032x}")) == ""
+    found.close()
 
 
 # -------------------------------------------------------------------------------------------------------- memory

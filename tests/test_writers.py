@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_sources import FOREVER, QUICKLY, store  # noqa: F401  (a fixture)
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     CLIPImageProcessor,
@@ -30,8 +31,9 @@ from data_tools import cli, evolve
 from data_tools.evolve import writers
 from data_tools.evolve.verb import _Places, settled
 from data_tools.evolve.writers import ServerSettings, ServerWriter
-from data_tools.ingest import Triplet, read_triplets, write_triplets
+from data_tools.ingest import Triplet, read_triplets, sole_writer, write_triplets
 from v4e import config as settings_of
+from v4e.data.places import place, put
 from v4e.errors import CheckpointError, ConfigError, DataError, V4EError
 from v4e.models import vlm
 from v4e.models.vlm import LocalVlm, Question, Reply, ServerVlm
@@ -155,14 +157,8 @@ def test_nothing_ingested_and_two_at_work(tmp_path):
     with pytest.raises(DataError, match="ingest"):
         evolve.add_evolutions(tmp_path / "none")
     folder = make_folder(tmp_path / "f", ["make it snow"])
-    with writers_lock(folder), pytest.raises(DataError, match="another writer is at work"):
+    with sole_writer(folder), pytest.raises(DataError, match="another writer is at work"):
         evolve.add_evolutions(folder)
-
-
-def writers_lock(folder):
-    from v4e.data.disk import lock
-
-    return lock(folder / ".evolve.lock")
 
 
 class Scripted:
@@ -212,6 +208,27 @@ def test_a_stopped_run_goes_on_in_the_same_batches_after_half_a_line(tmp_path):
     assert report.written == {"add": 3} and report.kept == {"scripted 1": 4}
     assert [t.evolution for t in read_triplets(folder)] == [f"film of add a cat {n}" for n in range(7)]
     assert not (folder / ".evolved.jsonl").exists()
+
+
+class Uneven(Scripted):
+    """Fails where it is told, and is killed after so many."""
+
+    def drafts(self, triplets):
+        for batch in super().drafts(triplets):
+            yield [replace(d, prompt="", failure="garbage") if d.triplet.id in self.fails else d for d in batch]
+
+
+@pytest.mark.parametrize(("fails", "share"), [(["t0", "t1", "t2"], "37.5%"), (["t6", "t7"], "25.0%")])
+def test_the_share_of_fallbacks_is_that_of_what_a_killed_run_wrote_too(tmp_path, fails, share):
+    folder = make_folder(tmp_path / "f", [f"add a cat {n}" for n in range(8)])
+    for stop_after in (6, 8):
+        writer = Uneven(batch=1, stop_after=stop_after)
+        writer.fails = fails
+        with pytest.raises(KeyboardInterrupt if stop_after == 6 else DataError) as why:
+            evolve.add_evolutions(folder, writer, max_fallback_fraction=0.2)
+    assert f"{share} of the prompts, a killed run's among them, fell back" in str(why.value)
+    assert len((folder / "evolve_fallbacks.jsonl").read_text().splitlines()) == len(fails)
+    assert evolve.add_evolutions(folder, writer, max_fallback_fraction=0.2).kept.total() == 8
 
 
 def test_what_changed_since_the_kill_is_asked_again(tmp_path):
@@ -375,6 +392,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def fault_garbage(self, _):
         self.send(bytes(range(256)), 200, {"Content-Encoding": "gzip"})
 
+    def fault_half(self, _):
+        self.say(self.answer(ANSWER.format("\ud83d cat")))
+
+    def fault_half_refused(self, _):
+        self.say(self.answer(None, refusal="No \ud83d."))
+
     def fault_odd_json(self, _):
         self.say({"choices": []})
 
@@ -525,6 +548,16 @@ def test_the_key_is_nowhere(endpoint, tmp_path, monkeypatch, capsys, caplog):
     assert KEY not in repr(ServerWriter.load(settings_for(endpoint), folder))
 
 
+def test_half_a_character_is_replaced(endpoint, tmp_path, monkeypatch):
+    """As when an emoji of two UTF-16 units is cut at the longest answer."""
+    folder = make_folder(tmp_path / "f", ["half: a hat", "half-refused: a hat"])
+    report = ask(endpoint, folder, monkeypatch)
+    assert report.fallbacks == {"refusal": 1} and read_triplets(folder)[0].evolution == PROMPT.format("? cat")
+    assert json.loads((folder / "evolve_fallbacks.jsonl").read_text())["detail"] == "No ?."
+    again = make_folder(tmp_path / "g", ["half: a hat", "half-refused: a hat"])
+    assert ask(endpoint, again, monkeypatch, cache=str(folder / "answers")).cached == 2
+
+
 def test_settings_that_would_leak_or_cannot_work(endpoint, tmp_path, monkeypatch):
     monkeypatch.delenv("V4E_TEST_KEY", raising=False)
     with pytest.raises(ConfigError, match="V4E_TEST_KEY is not set"):
@@ -568,6 +601,25 @@ def test_a_picture_that_is_gone_costs_its_own_prompt_alone(endpoint, tmp_path, m
     report = ask(endpoint, folder, monkeypatch)
     assert report.fallbacks == {"unreadable picture": 1} and report.written.total() == 2
     assert "0.edited.png" in (folder / "evolve_fallbacks.jsonl").read_text()
+
+
+def test_a_picture_that_a_store_withholds_is_asked_for_again(store, endpoint, tmp_path, monkeypatch):  # noqa: F811
+    url, fail = store
+    monkeypatch.setattr(writers, "patiently", QUICKLY)
+    here, there = make_folder(tmp_path / "f", ["a hat", "a cap"]), place(url) / "f"
+    for path in here.glob("*.png"):
+        put(there / path.name, path.read_bytes())
+    moved = ({k: there / p.name for k, p in t.files.items()} for t in read_triplets(here))
+    write_triplets(there, [replace(t, **files) for t, files in zip(read_triplets(here), moved, strict=True)])
+    fail("0.edited.png", 3)
+    fail("1.source.png", FOREVER)
+    assert ask(endpoint, there, monkeypatch).fallbacks == {"unreadable picture": 1}
+    first, second = read_triplets(there)
+    assert first.evolution == PROMPT.format("a hat")
+    assert second.writer.endswith("(unreadable picture, another try may help)")
+    fail("1.source.png", 0)
+    assert ask(endpoint, there, monkeypatch).written.total() == 1
+    assert read_triplets(there)[1].evolution == PROMPT.format("a cap")
 
 
 def test_a_dead_server_ends_the_run_and_what_was_written_counts_later(endpoint, tmp_path, monkeypatch):

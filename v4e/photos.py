@@ -164,7 +164,7 @@ def _photo(file: Image.Image, content: bytes, where: str, max_pixels: int) -> Ph
         check_png(content)
     file.load()
     frames, suffix = int(getattr(file, "n_frames", 1)), _suffix(file)
-    picture = _eight_bits(_upright(file))
+    picture = _eight_bits(upright(file))
     alpha = _alpha(picture)
     rgb, profile = _to_rgb(picture)
     if alpha is not None:
@@ -189,7 +189,7 @@ def _suffix(file: Image.Image) -> str:
     return "." + name.get(file.format or "", (file.format or "png").lower())
 
 
-def _upright(file: Image.Image) -> Image.Image:
+def upright(file: Image.Image) -> Image.Image:
     """Turned as EXIF says, or as it is where the EXIF block is torn, which many otherwise good files have."""
     try:
         return ImageOps.exif_transpose(file)

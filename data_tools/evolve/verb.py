@@ -23,9 +23,9 @@ from data_tools.evolve.writers import (
     TemplateWriter,
     Writer,
 )
-from data_tools.ingest import Listed, Triplet, iterate, write_triplets
+from data_tools.ingest import Listed, Triplet, iterate, sole_writer, write_triplets
 from v4e import config as settings_of
-from v4e.data.disk import lock, readable, scratch, to_json, writable, write_atomically
+from v4e.data.disk import readable, scratch, to_json, writable, write_atomically
 from v4e.data.places import Place, make_folder, place, shown
 from v4e.errors import ConfigError, DataError
 from v4e.journal import open_bar
@@ -111,23 +111,23 @@ def add_evolutions(
         prices: of a million tokens read and written.
 
     Raises:
-        DataError: nothing was ingested there, its list is damaged, another evolve is at work, instructions say
-            nothing, too many fallbacks.
+        DataError: nothing was ingested there, its list is damaged, another evolve or an ingest is at work,
+            instructions say nothing, too many fallbacks.
         V4EError: as the writer says.
     """
     folder, writer = place(folder), writer or TemplateWriter()
     Listed(folder)  # says what is missing or wrong before anything is asked, and paid for
     make_folder(folder)  # or says that it cannot be written
-    with writable(folder), lock(scratch(folder) / ".evolve.lock"):
-        report = Report(writer.signature)
+    with writable(folder), sole_writer(folder):
+        killed, report = Report(writer.signature), Report(writer.signature)
         unfit: list[bytes] = []  # of what a killed run finished, then of what this one did
-        _fold(folder, report, lambda row, t: unfit.extend(_failure(row) if settled(t, report.writer, again) else []))
+        _fold(folder, report, lambda row, t: settled(t, report.writer, again) and _tell(row, killed, unfit))
         _write_missing(folder, writer, again, report)
-        _fold(folder, report, lambda row, t: unfit.extend(_failure(row)) or report.count(row))
+        _fold(folder, report, lambda row, _: _tell(row, report, unfit))
         report.cost = (report.read * prices[0] + report.wrote * prices[1]) / 1e6
         write_atomically(folder / UNFIT, b"".join(unfit))
         write_atomically(folder / REPORT, to_json(vars(report), indent=1))
-    _refuse(report, folder, max_fallback_fraction)
+    _refuse(report, killed, folder, max_fallback_fraction)
     return report
 
 
@@ -230,12 +230,15 @@ class _Places:
         return int(self._starts[behind - 1]) if behind and self._ids[behind - 1] == digest else -1
 
 
-def _failure(row: Row) -> list[bytes]:
-    """A line about a row whose writer failed."""
-    return [to_json({k: row[k] for k in ("id", "failure", "detail", "writer")}) + b"\n"] if row["failure"] else []
+def _tell(row: Row, report: Report, unfit: list[bytes]) -> None:
+    """Count a row, and give a line to one whose writer failed."""
+    report.count(row)
+    if row["failure"]:
+        unfit.append(to_json({k: row[k] for k in ("id", "failure", "detail", "writer")}) + b"\n")
 
 
-def _refuse(report: Report, folder: Place, max_fallback_fraction: float) -> None:
+def _refuse(report: Report, killed: Report, folder: Place, max_fallback_fraction: float) -> None:
+    """DataError about what was written, by a killed run before this one too."""
     if report.unwritten:
         some = ", ".join(report.unwritten[:5])
         raise DataError(
@@ -243,10 +246,12 @@ def _refuse(report: Report, folder: Place, max_fallback_fraction: float) -> None
             where=shown(folder),
             fix="give them words in the source, and ingest again",
         )
-    share = report.fallbacks.total() / max(1, report.written.total())
+    fallbacks, written = report.fallbacks + killed.fallbacks, report.written + killed.written
+    share = fallbacks.total() / max(1, written.total())
     if share > max_fallback_fraction:
         fix = f"see {UNFIT}; run again, or allow them with --max-fallback-fraction"
-        raise DataError(f"{share:.1%} of the prompts fell back to the template\n{report}", where=shown(folder), fix=fix)
+        which = "the prompts, a killed run's among them," if killed.written else "the prompts"
+        raise DataError(f"{share:.1%} of {which} fell back to the template\n{report}", where=shown(folder), fix=fix)
 
 
 # ------------------------------------------------------------------------------------------------- arguments

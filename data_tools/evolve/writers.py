@@ -11,7 +11,7 @@ from data_tools.evolve import answers, template
 from data_tools.ingest import Triplet
 from v4e import dist
 from v4e.data.disk import hash_of, to_json, writable, write_atomically
-from v4e.data.places import NotFoundError, Place, make_folder, place, read_bytes
+from v4e.data.places import NotFoundError, PassingError, Place, make_folder, patiently, place, read_bytes
 from v4e.errors import ConfigError, DataError, V4EError
 from v4e.models.vlm import LocalVlm, Question, Reply, ServerVlm, Vlm
 from v4e.nouns import Clip
@@ -277,9 +277,11 @@ def _signature(name: str, model: str, identity: Mapping[str, object]) -> str:
 
 def _question(triplet: Triplet) -> Question | Draft:
     try:
-        return answers.question(triplet.instruction, triplet.read_source(), triplet.read_target())
+        source, target = patiently(triplet.read_source), patiently(triplet.read_target)
     except DataError as error:
-        return Draft(triplet, failure="unreadable picture", detail=str(error))
+        passing = isinstance(error, PassingError)
+        return Draft(triplet, failure="unreadable picture", detail=str(error), passing=passing)
+    return answers.question(triplet.instruction, source, target)
 
 
 def _draft(triplet: Triplet, reply: Reply) -> Draft:

@@ -14,6 +14,7 @@ from data_tools.ingest.sources import count
 from data_tools.ingest.triplets import (
     Triplet,
     iterate,
+    sole_writer,
     verify_triplets,
     write_triplets,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "layout_of",
     "read_triplets",
     "run",
+    "sole_writer",
     "verify_triplets",
     "write_triplets",
 ]
@@ -58,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         add(name, choices=("reject", "flag", "keep"), default=default, help=f"{default} by default")
     add("--max-pixels", type=int, default=MAX_PIXELS, help="of a picture; more is a decompression bomb")
     add("--max-reject-fraction", type=float, default=0.0, help="more rejects than this are an error")
+    add("--forget", action="store_true", help="let go what was taken before and is not in the source now")
     add("--workers", type=int, default=2, help="threads that read and decode")
     add("--wandb", choices=("online", "offline", "disabled"), default="disabled", help="curves of speed and rejects")
 
@@ -75,6 +78,7 @@ def run(args: argparse.Namespace) -> int:
         near_duplicates=args.near_duplicates,
         max_pixels=args.max_pixels,
         max_reject_fraction=args.max_reject_fraction,
+        forget=args.forget,
         workers=args.workers,
         wandb=Wandb(args.wandb),
         watch=lambda rows: progress(rows, "ingest", total=count(args.source)),

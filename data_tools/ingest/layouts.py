@@ -1,14 +1,13 @@
 """Which column of a data set means what: named layouts, or a small YAML; and rows read through one."""
 
 import difflib
-import re
 import unicodedata
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from data_tools.ingest.pictures import Rejected
-from data_tools.ingest.sources import Blob, Inside, Row
+from data_tools.ingest.sources import LONGEST, Blob, Inside, Row, stem_of
 from v4e import config
 from v4e.data.disk import hash_of, to_json
 from v4e.data.members import check_key
@@ -152,9 +151,10 @@ def _chosen(texts: list, which: int) -> object:
 
 
 def _id(row: Row, values: Mapping[str, object], layout: Layout) -> str:
-    """Of its columns, or of its place: train-00003-of-00262-000017."""
+    """Of its columns, or of its place: train-00003-of-00262-000017; with its file's mark where it has one."""
     if not layout.id:
-        stem = re.sub(r"[^A-Za-z0-9_-]", "_", Path(row.file).stem).lstrip("_-")[:60]
+        stem = stem_of(row.file)
+        stem = f"{stem[: LONGEST - 1 - len(row.mark)]}-{row.mark}" if row.mark else stem
         return f"{stem}-{row.line:06d}".lstrip("-")
     parts = [values.get(column) for column in layout.id]
     if bad := [c for c, v in zip(layout.id, parts, strict=True) if not isinstance(v, str | int) or isinstance(v, bool)]:

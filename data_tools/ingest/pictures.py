@@ -7,9 +7,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms
 
-from v4e.photos import check_png
+from v4e.photos import check_png, upright
 
 Size = tuple[int, int]  # height, width
 STEP = 16  # sizes divide into whole latent patches: 8 pixels a latent, 2 latents a patch
@@ -44,8 +44,7 @@ def decode(content: bytes, max_pixels: int = MAX_PIXELS) -> tuple[Image.Image, s
             if file.format == "PNG":
                 check_png(content)
             file.load()
-            ImageOps.exif_transpose(file, in_place=True)
-            return _to_rgb(file), (file.format or "").lower().replace("mpo", "jpeg")
+            return _to_rgb(upright(file)), (file.format or "").lower().replace("mpo", "jpeg")
     except Image.DecompressionBombError as error:
         raise Rejected("too many pixels", str(error)) from error
     except Rejected:

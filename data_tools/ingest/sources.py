@@ -11,12 +11,13 @@ import posixpath
 import re
 import tarfile
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import groupby
 from pathlib import Path, PurePosixPath
-from typing import IO, cast
+from typing import IO, TypeVar, cast
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -24,8 +25,10 @@ from fsspec.implementations.local import LocalFileSystem
 from data_tools.ingest.pictures import Rejected
 from data_tools.ingest.triplets import STATE
 from v4e.data.disk import hash_of
-from v4e.data.places import is_remote, place, reaching, shown, system
+from v4e.data.places import NotFoundError, PassingError, is_remote, patiently, place, reaching, shown, system
 from v4e.errors import DataError
+
+T = TypeVar("T")
 
 MAX_BYTES = 256 << 20  # of one picture's file or one line
 PICTURE = ("png", "jpg", "jpeg", "webp", "tif", "tiff", "bmp", "gif", "avif", "jp2", "ppm")
@@ -34,6 +37,7 @@ PARTS = ("source", "edited", "mask")
 UNNAMED = {"txt": "instruction"}  # the column of a file whose name says none
 RAGGED = re.compile(rf"(?P<key>.+)_(?P<part>{'|'.join(PARTS)})")
 LINE = 1 << 24
+LONGEST = 60  # letters that a made id has of a file's name
 
 
 class Blob(ABC):
@@ -73,27 +77,59 @@ class File(Blob):
     path: str
 
     def read(self) -> bytes:
-        try:
-            if (self.info["size"] or 0) > MAX_BYTES:
-                raise Rejected("too many bytes", f"{self.info['size']}, of at most {MAX_BYTES}")
-            return _content(self.fs, self.path)
-        except FileNotFoundError as error:
-            raise Rejected("missing file", "no such file") from error
-        except Rejected:
-            raise
-        except Exception as error:  # each file system has errors of its own
-            raise Rejected("unreadable file", shown(f"{type(error).__name__}: {error}")) from error
+        if (self.info["size"] or 0) > MAX_BYTES:
+            raise Rejected("too many bytes", f"{self.info['size']}, of at most {MAX_BYTES}")
+        return _asked(self.fs, self.path, partial(_content, self.fs, self.path))
 
     def state(self) -> str:
         try:
             return repr([self.info.get(key) for key in STATE])
-        except Exception:  # reading it will say why
+        except Rejected:  # reading it will say why
             return ""
 
     @cached_property
     def info(self) -> dict:
         """What its file system knows of it."""
-        return self.fs.info(self.path)
+        return _asked(self.fs, self.path, partial(self.fs.info, self.path))
+
+
+def _asked(fs: fsspec.AbstractFileSystem, path: str, work: Callable[[], T]) -> T:
+    """What a file system says of a path; one behind a network is asked again and again while that may help.
+
+    Raises:
+        Rejected: there is no such file, or it cannot be read.
+        PassingError: the network still fails, which says nothing of the file.
+    """
+    try:
+        return work() if isinstance(fs, LocalFileSystem) else patiently(partial(_reached, fs, path, work))
+    except PassingError as error:
+        fix = "run the same command again, which goes on from here"
+        raise PassingError(error.what, where=error.where, fix=fix) from error.__cause__
+    except (FileNotFoundError, NotFoundError) as error:
+        raise Rejected("missing file", "no such file") from error
+    except Exception as error:  # each file system has errors of its own
+        told = error.what if isinstance(error, DataError) else shown(f"{type(error).__name__}: {error}")
+        raise Rejected("unreadable file", told) from error
+
+
+def _reached(fs: fsspec.AbstractFileSystem, path: str, work: Callable[[], T]) -> T:
+    """What a network says, in v4e's errors; what it says of a name that cannot be one does not pass."""
+    try:
+        with reaching(url := fs.unstrip_protocol(path)):
+            try:
+                return work()
+            except FileNotFoundError as error:
+                raise _failure(url, error) from error
+    except PassingError as error:
+        if isinstance(error.__cause__, ValueError):
+            raise DataError(error.what, where=error.where) from error.__cause__
+        raise
+
+
+def _failure(url: str, error: FileNotFoundError) -> BaseException:
+    """fsspec's http calls whatever fails when it looks for a file a missing file, raised from what failed."""
+    why = error.__cause__
+    return why if why and url.startswith("http") and getattr(why, "status", None) != 404 else error
 
 
 def _content(fs: fsspec.AbstractFileSystem, path: str) -> bytes:
@@ -137,6 +173,7 @@ class Row:
         values: by column.
         base: where its names lead.
         fault: set when the row could not be read.
+        mark: tells its file from others of the source with the same name; empty where there are none.
     """
 
     file: str
@@ -144,10 +181,29 @@ class Row:
     values: Mapping[str, object]
     base: Base
     fault: Rejected | None = None
+    mark: str = ""
 
     @property
     def place(self) -> str:
         return f"{self.file}, row {self.line}"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file of rows, or a folder of pictures.
+
+    Args:
+        base: where the names in it lead, which need not be the same file system.
+        mark: of each of its rows.
+    """
+
+    fs: fsspec.AbstractFileSystem
+    path: str
+    base: Base
+    mark: str = ""
+
+    def row(self, line: int, values: Mapping[str, object], fault: Rejected | None = None) -> Row:
+        return Row(self.path, line, values, self.base, fault, self.mark)
 
 
 def rows(url: str, columns: frozenset[str], root: str = "") -> Iterator[Row]:
@@ -159,21 +215,32 @@ def rows(url: str, columns: frozenset[str], root: str = "") -> Iterator[Row]:
 
     Raises:
         DataError: nothing there, of no known kind, or its file system is not installed.
+        PassingError: a network failed again and again.
     """
-    fs, paths = _expand(url)
+    fs, paths, faults = _expand(url)
+    marks = _marks(paths)
     for path in paths:
-        base = Base(fs, reach(root)[1] if root else posixpath.dirname(path)) if not fs.isdir(path) else Base(fs, path)
-        yield from _whole(path, base, columns)
+        folder = _is_folder(fs, path)
+        base = Base(fs, path) if folder else _base_of_list(fs, path, root)
+        yield from _whole(Source(fs, path, base, marks.get(path, "")), _folder if folder else _reader_of(path), columns)
+    for fault in faults:
+        yield Source(fs, fault.file, Base(fs, fault.file)).row(1, {}, fault)
 
 
 def count(url: str) -> int | None:
     """How many rows there will be, where that is cheap to know."""
     try:
-        fs, paths = _expand(url)
-        local = isinstance(fs, LocalFileSystem) and all(p.endswith(".jsonl") for p in paths)
-        return sum(_lines(fs, p) for p in paths) if local else None
+        if reach(url)[2]:
+            return None
+        fs, paths, _ = _expand(url)
+        return sum(_lines(fs, p) for p in paths) if all(p.endswith(".jsonl") for p in paths) else None
     except (DataError, OSError):
         return None  # reading says what is wrong
+
+
+def stem_of(path: str) -> str:
+    """What a made id says of a file's name."""
+    return re.sub(r"[^A-Za-z0-9_-]", "_", PurePosixPath(path).stem).lstrip("_-")[:LONGEST]
 
 
 def reach(url: str) -> tuple[fsspec.AbstractFileSystem, str, bool]:
@@ -211,56 +278,130 @@ class Part:
 # ----------------------------------------------------------------------------------------------- where they lie
 
 
-def _expand(url: str) -> tuple[fsspec.AbstractFileSystem, list[str]]:
-    """The file system and its files (or the one folder) that a URL means."""
+def _expand(url: str) -> tuple[fsspec.AbstractFileSystem, list[str], list[Rejected]]:
+    """The file system and its files (or the one folder) that a URL means, and folders that cannot be looked into."""
     with reaching(url):
         fs, path, _ = reach(url)
-        paths = sorted(map(str, fs.glob(path))) if any(c in path for c in "*?[") else [path]
-        if len(paths) == 1 and fs.isdir(paths[0]):
-            paths = _sets_in(fs, paths[0]) or paths
-        if not paths or not all(fs.exists(p) for p in paths):
-            raise DataError("no such file", where=shown(url), fix="give a jsonl, csv, parquet, tar or folder")
-    return fs, paths
+    faults: list[Rejected] = []
+    paths = _globbed(fs, url, path) if any(c in path for c in "*?[") else [path]
+    if len(paths) == 1 and _is_folder(fs, paths[0]):
+        sets, faults = _sets_in(fs, paths[0])
+        paths = sets or paths
+    if not paths or not all(_is_there(fs, p) for p in paths):
+        raise DataError("no such file", where=shown(url), fix="give a jsonl, csv, parquet, tar or folder")
+    return fs, paths, faults
 
 
-def _sets_in(fs: fsspec.AbstractFileSystem, folder: str) -> list[str]:
-    """The parquet files of a folder or of those in it, or else the tars."""
-    for pattern in ("*.parquet", "*/*.parquet", "*.tar", "*/*.tar"):
-        if files := sorted(map(str, fs.glob(f"{folder}/{pattern}"))):
-            return files
-    return []
+def _globbed(fs: fsspec.AbstractFileSystem, url: str, pattern: str) -> list[str]:
+    def once() -> list[str]:
+        with reaching(url):
+            return sorted(map(str, fs.glob(pattern)))
+
+    return patiently(once)
 
 
-def _whole(path: str, base: Base, columns: frozenset[str]) -> Iterator[Row]:
-    """The rows of one file; when it tears, a last row with the fault."""
-    reader, line = _reader_of(path, base), 0
+def _is_there(fs: fsspec.AbstractFileSystem, path: str) -> bool:
     try:
-        for row in reader(path, base, columns):
+        return bool(_asked(fs, path, partial(fs.info, path)))
+    except Rejected:
+        return False
+
+
+def _is_folder(fs: fsspec.AbstractFileSystem, path: str) -> bool:
+    try:
+        return _asked(fs, path, partial(fs.isdir, path))
+    except Rejected:  # reading it will say why
+        return False
+
+
+def _base_of_list(fs: fsspec.AbstractFileSystem, path: str, root: str) -> Base:
+    """The root that was said, wherever it lies, or the list's own folder."""
+    if not root:
+        return Base(fs, posixpath.dirname(path))
+    there, at, _ = reach(root)
+    return Base(there, at)
+
+
+def _marks(paths: list[str]) -> dict[str, str]:
+    """Of files whose made ids would be the same: a hash of their paths within the folder that holds all files."""
+    alike = Counter(map(stem_of, paths))
+    within = posixpath.commonpath(paths) if len(paths) > 1 else ""
+    return {p: hash_of(posixpath.relpath(p, within).encode())[:8] for p in paths if alike[stem_of(p)] > 1}
+
+
+def _sets_in(fs: fsspec.AbstractFileSystem, folder: str) -> tuple[list[str], list[Rejected]]:
+    """The parquet files of a folder or of those in it, or else the tars; and which of those cannot be looked into."""
+    (_, above, linked), *below = _walk(fs, folder, depth=1)
+    inner = sorted(path for _, files, _ in below for path in files)
+    missed = linked + [fault for at, _, faults in below for fault in faults if fault.file == at]
+    for suffix in (".parquet", ".tar"):
+        for files, faults in ((above, []), (inner, missed)):
+            if found := [path for path in files if path.endswith(suffix)]:
+                return found, faults
+    return [], []
+
+
+def _walk(
+    fs: fsspec.AbstractFileSystem, folder: str, depth: int = -1
+) -> Iterator[tuple[str, list[str], list[Rejected]]]:
+    """Every folder from this one on with its files, in order, and what in it could not be looked into.
+
+    fsspec's own passes over a folder that it cannot list as if it were empty.
+    """
+    files, folders, faults = _listing(fs, folder)
+    yield folder, files, faults
+    for inner in folders if depth else ():
+        yield from _walk(fs, inner, depth - 1)
+
+
+def _listing(fs: fsspec.AbstractFileSystem, folder: str) -> tuple[list[str], list[str], list[Rejected]]:
+    """Files and folders of a folder, and links to folders, which could lead in circles or anywhere."""
+    try:
+        entries = _asked(fs, folder, partial(fs.ls, folder, detail=True))
+    except Rejected as why:
+        return [], [], [Rejected("unreadable folder", why.detail, folder)]
+    files, folders, linked = [], [], []
+    for entry in sorted(entries, key=lambda e: e["name"]):
+        path = entry["name"].rstrip("/")
+        if entry["type"] == "directory" and path != folder:
+            folders.append(path)
+        elif entry.get("islink") and fs.isdir(path):
+            linked.append(Rejected("linked folder", "a link to a folder is not followed", path))
+        elif path != folder:
+            files.append(path)
+    return files, folders, linked
+
+
+def _whole(source: Source, reader: "Reader", columns: frozenset[str]) -> Iterator[Row]:
+    """The rows of one file; when it tears, a last row with the fault."""
+    line = 0
+    try:
+        for row in reader(source, columns):
             line = row.line
             yield row
     except DataError:
         raise
+    except Rejected as why:
+        yield source.row(line + 1, {}, Rejected(why.reason, why.detail, source.path))
     except (OSError, EOFError, ValueError, OverflowError, tarfile.TarError) as error:
-        why = Rejected("torn file", f"after {line} rows: {type(error).__name__}: {error}", path)
-        yield Row(path, line + 1, {}, base, why)
+        why = Rejected("torn file", f"after {line} rows: {type(error).__name__}: {error}", source.path)
+        yield source.row(line + 1, {}, why)
     else:
         if not line:
-            yield Row(path, 1, {}, base, Rejected("empty file", "there is nothing in it", path))
+            yield source.row(1, {}, Rejected("empty file", "there is nothing in it", source.path))
 
 
-Reader = Callable[[str, Base, frozenset[str]], Iterator[Row]]
+Reader = Callable[[Source, frozenset[str]], Iterator[Row]]
 Named = tuple[Part, Callable[[], Blob]]
 
 
-def _reader_of(path: str, base: Base) -> Reader:
+def _reader_of(path: str) -> Reader:
     known: dict[str, Reader] = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet, ".tar": _tar}
-    if base.fs.isdir(path):
-        return _folder
     if reader := known.get(PurePosixPath(path).suffix.lower()):
         return reader
     raise DataError(
         f"a file of no known kind; known are {', '.join(known)} and folders",
-        where=path,
+        where=shown(path),
         fix="unpack it, or turn a json list into lines with: jq -c '.[]'",
     )
 
@@ -268,27 +409,27 @@ def _reader_of(path: str, base: Base) -> Reader:
 # -------------------------------------------------------------------------------------------------- what they are
 
 
-def _jsonl(path: str, base: Base, columns: frozenset[str]) -> Iterator[Row]:
-    with _open(base.fs, path) as file:
+def _jsonl(source: Source, columns: frozenset[str]) -> Iterator[Row]:
+    with _open(source.fs, source.path) as file:
         number = 0
         while raw := file.readline(LINE):
             number += 1
             if raw.strip():
-                yield _row_of_json(raw, path, number, base)
+                yield _row_of_json(raw, source, number)
 
 
-def _row_of_json(raw: bytes, path: str, number: int, base: Base) -> Row:
+def _row_of_json(raw: bytes, source: Source, number: int) -> Row:
     try:
-        return Row(path, number, _object(raw), base)
+        return source.row(number, _object(raw))
     except Rejected as why:
-        return Row(path, number, _gist(raw), base, why)
+        return source.row(number, _gist(raw), why)
 
 
 def _gist(raw: bytes) -> dict[str, object]:
     """What a damaged line seems to say, so that it can be named."""
     try:
         row = json.loads(raw.decode("utf-8", "replace"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return row if isinstance(row, dict) else {}
 
@@ -311,59 +452,59 @@ def _no_number(name: str) -> float:
     raise ValueError(f"{name} is no json")
 
 
-def _csv(path: str, base: Base, columns: frozenset[str]) -> Iterator[Row]:
-    with _open(base.fs, path) as raw:
+def _csv(source: Source, columns: frozenset[str]) -> Iterator[Row]:
+    with _open(source.fs, source.path) as raw:
         text = io.TextIOWrapper(raw, "utf-8-sig", errors="surrogateescape", newline="")
-        reader = csv.DictReader(text, restkey="", strict=True)
+        reader = csv.DictReader(text, strict=True)
         number = 0
         while True:
             number += 1
             try:
                 values = next(reader, None)
             except csv.Error as error:
-                yield Row(path, number, {}, base, Rejected("not csv", str(error)))
+                yield source.row(number, {}, Rejected("not csv", str(error)))
                 continue
             if values is None:
                 return
-            yield _row_of_csv(values, path, number, base)
+            yield _row_of_csv(values, source, number)
 
 
-def _row_of_csv(values: dict, path: str, number: int, base: Base) -> Row:
-    """A row with as many cells as the head, all of them UTF-8."""
-    if "" in values or None in values.values():
-        return Row(path, number, {}, base, Rejected("not csv", "more or fewer cells than the head"))
+def _row_of_csv(values: dict, source: Source, number: int) -> Row:
+    """A row with as many cells as the head, all of them UTF-8; a column without a name is pandas' index."""
+    if None in values or None in values.values():  # where DictReader puts more cells, and in place of fewer
+        return source.row(number, {}, Rejected("not csv", "more or fewer cells than the head"))
     try:
         "".join(values.values()).encode()
     except UnicodeEncodeError as error:
-        return Row(path, number, {}, base, Rejected("not UTF-8", str(error)))
-    return Row(path, number, {k: v for k, v in values.items() if v}, base)
+        return source.row(number, {}, Rejected("not UTF-8", str(error)))
+    return source.row(number, {k: v for k, v in values.items() if k and v})
 
 
-def _parquet(path: str, base: Base, columns: frozenset[str]) -> Iterator[Row]:
+def _parquet(source: Source, columns: frozenset[str]) -> Iterator[Row]:
     try:
         from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
     except ImportError as error:
-        raise DataError("parquet needs pyarrow", where=path, fix="pip install 'v4e[parquet]'") from error
+        raise DataError("parquet needs pyarrow", where=shown(source.path), fix="pip install 'v4e[parquet]'") from error
     number = 0
     try:
-        with _open(base.fs, path) as file:
+        with _open(source.fs, source.path) as file:
             table = ParquetFile(file, page_checksum_verification=True)
             wanted = [f.name for f in table.schema_arrow if f.name in columns or _is_plain(f.type)]
             for batch in table.iter_batches(batch_size=16, columns=wanted, use_threads=False):
                 for at in range(batch.num_rows):
                     number += 1
-                    yield _row_of_batch(batch.slice(at, 1), path, number, base)
+                    yield _row_of_batch(batch.slice(at, 1), source, number)
     except ArrowException as error:
         raise ValueError(error) from error
 
 
-def _row_of_batch(batch, path: str, number: int, base: Base) -> Row:
+def _row_of_batch(batch, source: Source, number: int) -> Row:
     try:
         (values,) = batch.to_pylist()
     except UnicodeDecodeError as error:
-        return Row(path, number, {}, base, Rejected("not UTF-8", str(error)))
-    return Row(path, number, {k: _finite(v) for k, v in values.items()}, base)
+        return source.row(number, {}, Rejected("not UTF-8", str(error)))
+    return source.row(number, {k: _finite(v) for k, v in values.items()})
 
 
 def _is_plain(kind) -> bool:
@@ -378,11 +519,11 @@ def _finite(value: object) -> object:
     return None if isinstance(value, float) and (value != value or value in (float("inf"), -float("inf"))) else value
 
 
-def _tar(path: str, base: Base, columns: frozenset[str]) -> Iterator[Row]:
+def _tar(source: Source, columns: frozenset[str]) -> Iterator[Row]:
     """Groups of members with one key, as webdataset has them."""
-    with _open(base.fs, path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+    with _open(source.fs, source.path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
         for number, (_, group) in enumerate(groupby(_members(tar), key=lambda m: m[0].key), start=1):
-            yield _row_of_files(list(group), path, number, base, columns)
+            yield _row_of_files(list(group), source, number, columns)
         _refuse_torn(tar, file)
 
 
@@ -417,19 +558,20 @@ def _refuse_torn(tar: tarfile.TarFile, file: IO[bytes]) -> None:
         raise tarfile.ReadError(f"no member and no end of the archive at byte {tar.offset}")
 
 
-def _folder(path: str, base: Base, columns: frozenset[str]) -> Iterator[Row]:
-    """Groups of files with one key, folder by folder."""
+def _folder(source: Source, columns: frozenset[str]) -> Iterator[Row]:
+    """Groups of files with one key, folder by folder; one that cannot be looked into is a row without a number."""
     number = 0
-    for folder, inner, names in cast("Iterator[tuple[str, list[str], list[str]]]", base.fs.walk(path)):
-        inner.sort()
-        paths = [posixpath.join(folder, name) for name in sorted(names) if not name.startswith(".")]
-        files = sorted(((Part.of(p), partial(File, p, base.fs, p)) for p in paths), key=lambda f: f[0].key)
+    for folder, paths, faults in _walk(source.fs, source.path):
+        here = replace(source, path=folder)
+        yield from (here.row(number + 1, {}, fault) for fault in faults)
+        seen = [p for p in paths if not posixpath.basename(p).startswith(".")]
+        files = sorted(((Part.of(p), partial(File, p, source.fs, p)) for p in seen), key=lambda f: f[0].key)
         for _, group in groupby(files, key=lambda f: f[0].key):
             number += 1
-            yield _row_of_files(list(group), folder, number, base, columns)
+            yield _row_of_files(list(group), here, number, columns)
 
 
-def _row_of_files(group: list[Named], path: str, number: int, base: Base, columns: frozenset[str]) -> Row:
+def _row_of_files(group: list[Named], source: Source, number: int, columns: frozenset[str]) -> Row:
     """A group of files as a row: texts and json become columns, pictures stay bytes, or files to be read later."""
     key = group[0][0].key
     values: dict[str, object] = {"id": posixpath.basename(key)}
@@ -441,8 +583,8 @@ def _row_of_files(group: list[Named], path: str, number: int, base: Base, column
             seen.add(name)
             values |= _columns(part, blob, columns)
     except Rejected as why:
-        return Row(path, number, values, base, why)
-    return Row(path, number, values, base)
+        return source.row(number, values, why)
+    return source.row(number, values)
 
 
 def _columns(part: Part, blob: Callable[[], Blob], columns: frozenset[str]) -> Mapping[str, object]:
@@ -461,8 +603,39 @@ def _columns(part: Part, blob: Callable[[], Blob], columns: frozenset[str]) -> M
         raise Rejected("not UTF-8", f"{part.key}.{part.suffix}: {error}") from error
 
 
+class _Remote(io.RawIOBase):
+    """A file behind a network; a read that failed has moved nothing, so that it can be made again."""
+
+    def __init__(self, fs: fsspec.AbstractFileSystem, path: str) -> None:
+        self._fs, self._path = fs, path
+        self._file = _asked(fs, path, partial(fs.open, path, "rb"))
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return self._file.seekable()
+
+    def readinto(self, buffer) -> int:
+        content = _asked(self._fs, self._path, partial(self._file.read, len(buffer)))
+        buffer[: len(content)] = content
+        return len(content)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def close(self) -> None:
+        if not self.closed:
+            self._file.close()
+        super().close()
+
+
 def _open(fs: fsspec.AbstractFileSystem, path: str) -> io.BufferedReader:
-    return io.BufferedReader(cast(io.RawIOBase, fs.open(path, "rb")))
+    local = isinstance(fs, LocalFileSystem)
+    return io.BufferedReader(cast(io.RawIOBase, fs.open(path, "rb")) if local else _Remote(fs, path))
 
 
 def _lines(fs: fsspec.AbstractFileSystem, path: str) -> int:

@@ -15,7 +15,7 @@ import torch
 from xxhash import xxh3_128_hexdigest
 
 from data_tools.ingest.pictures import Rejected, Size, decode, fit_to
-from v4e.data.disk import TEMPORARY, flush, hash_of, readable, scratch, settle, to_json
+from v4e.data.disk import TEMPORARY, flush, hash_of, lock, readable, scratch, settle, to_json
 from v4e.data.places import Place, exists, is_remote, opened, place, reaching, read_bytes, shown, system
 from v4e.errors import DataError
 from v4e.nouns import Clip
@@ -113,6 +113,15 @@ def _lines(folder: str | Place) -> Iterator[tuple[bytes, Place, str]]:
             yield line, path.parent, f"{shown(path)}, line {number}"
 
 
+def sole_writer(folder: Place) -> IO[bytes]:
+    """The one lock of all that rewrite an ingested folder's list, each of which would undo what another wrote.
+
+    Raises:
+        DataError: another ingest or evolve is at work there.
+    """
+    return lock(scratch(folder) / ".triplets.lock")
+
+
 def write_triplets(folder: str | Place, triplets: Iterable[Triplet]) -> None:
     """Replace the list of an ingested folder at once; ``triplets`` may be read from the old one meanwhile."""
     base = place(folder)
@@ -144,12 +153,16 @@ def verify_triplets(
 def in_order(pool: ThreadPoolExecutor, work: Callable[[X], Y], items: Iterable[X], ahead: int) -> Iterator[Y]:
     """``pool.map`` that draws at most ``ahead`` items before their results are taken."""
     pending = deque()
-    for item in items:
-        pending.append(pool.submit(work, item))
-        if len(pending) > ahead:
+    try:
+        for item in items:
+            pending.append(pool.submit(work, item))
+            if len(pending) > ahead:
+                yield pending.popleft().result()
+        while pending:
             yield pending.popleft().result()
-    while pending:
-        yield pending.popleft().result()
+    finally:
+        for future in pending:  # after an error nobody waits for these
+            future.cancel()
 
 
 def from_row(line: bytes, base: Place, where: str) -> Triplet:

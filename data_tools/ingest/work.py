@@ -12,7 +12,7 @@ from typing import Literal
 from xxhash import xxh3_128_hexdigest
 
 from data_tools.ingest.layouts import Draft, Layout, drafts, id_of
-from data_tools.ingest.ledger import Ledger
+from data_tools.ingest.ledger import Ledger, failing_disk
 from data_tools.ingest.pictures import (
     MAX_PIXELS,
     Glance,
@@ -24,9 +24,9 @@ from data_tools.ingest.pictures import (
     size_of,
 )
 from data_tools.ingest.sources import Blob, Row, reach, rows
-from data_tools.ingest.triplets import LIST, Triplet, in_order, iterate, replacing
+from data_tools.ingest.triplets import LIST, Triplet, in_order, iterate, replacing, sole_writer
 from v4e.config import Wandb
-from v4e.data.disk import TEMPORARY, agree, hash_of, lock, scratch, writable, write_atomically
+from v4e.data.disk import TEMPORARY, agree, hash_of, scratch, writable, write_atomically
 from v4e.data.places import Place, exists, is_remote, make_folder, place, remove, shown
 from v4e.errors import ConfigError, DataError
 from v4e.journal import Journal
@@ -77,6 +77,7 @@ class Report:
 
     Args:
         first: the first reject, as a phrase that names list, line, id and file.
+        forgotten: triplets that an earlier run took and the source holds no more.
     """
 
     accepted: int
@@ -84,6 +85,7 @@ class Report:
     rejected: Mapping[str, int]
     repeats: int = 0
     first: str = ""
+    forgotten: int = 0
 
     @property
     def fraction(self) -> float:
@@ -96,7 +98,7 @@ class Report:
         flagged = f", {self.repeats} flagged as repeats" if self.repeats else ""
         return (
             f"{self.accepted} taken, {self.reused} taken before, {sum(self.rejected.values())} rejected"
-            f"{f': {reasons}' if reasons else ''}{flagged}"
+            f"{f': {reasons}' if reasons else ''}{flagged}{f', {self.forgotten} forgotten' * bool(self.forgotten)}"
         )
 
 
@@ -112,6 +114,7 @@ def ingest(
     near_duplicates: Repeats = "flag",
     max_pixels: int = MAX_PIXELS,
     max_reject_fraction: float = 0.0,
+    forget: bool = False,
     workers: int = 2,
     wandb: Wandb = SILENT,
     watch: Callable[[Iterable[Row]], Iterable[Row]] = iter,
@@ -125,28 +128,31 @@ def ingest(
         layout: which column is what.
         root: folder out of which no name in a list may lead; the list's own by default.
         max_reject_fraction: more rejected rows than this share are an error (after everything is written).
+        forget: let triplets go that an earlier run took and that the source holds no more.
         workers: threads that read and decode; they change nothing but the time.
         wandb: where rows a second and rejects by reason go, beside ``journal/`` in the folder.
         watch: wraps the rows, for a progress bar.
 
     Raises:
-        DataError: no such source, other settings than before, a full disk, too many rejects.
+        DataError: no such source, other settings than before, a full disk, too many rejects, or triplets that the
+            source holds no more without ``forget``; then the list stays as it was.
+        PassingError: a network failed again and again; the same command goes on.
         ShapeError: a size that no latent grid has.
     """
     sizes = tuple(size) if isinstance(size[0], Sequence) else (size,)
     rules = Rules(sizes, fit, duplicates, near_duplicates, max_pixels)  # type: ignore[arg-type]
     folder, layout = place(out), layout or Layout()
     if reach(str(source))[1] == reach(str(folder / LIST))[1]:
-        raise ConfigError("the list to read is the one to write", where=str(source), fix="write to another folder")
+        raise ConfigError("the list to read is the one to write", where=shown(source), fix="write to another folder")
     found = rows(str(source), layout.columns, root)
-    with writable(folder):
+    with writable(folder), failing_disk():
         make_folder(folder)
-        with lock(scratch(folder) / ".ingest.lock"):
+        with sole_writer(folder):
             agree(folder / "ingest.json", {"sizes": [list(s) for s in rules.sizes], "fit": fit})
             _sweep(folder)
-            journal = Journal(scratch(folder) / "journal", wandb, {"source": str(source), "rules": asdict(rules)})
+            journal = Journal(scratch(folder) / "journal", wandb, {"source": shown(source), "rules": asdict(rules)})
             with closing(journal):
-                report = _Work(folder, rules, layout, workers, journal).run(watch(found))
+                report = _Work(folder, rules, layout, workers, journal).run(watch(found), forget)
     if report.fraction > max_reject_fraction:
         raise DataError(
             f"{report}; the first: {report.first}",
@@ -205,11 +211,11 @@ class _Work:
         self.accepted = self.reused = self.repeats = 0
         self._folders: set[Place] = set()
 
-    def run(self, found: Iterable[Row]) -> Report:
+    def run(self, found: Iterable[Row], forget: bool) -> Report:
         with closing(self.ledger):
             self.ledger.begin(iterate(self.out) if exists(self.out / LIST) else ())
             self._decide_all(found)
-            report = self._finish()
+            report = self._finish(forget)
         (scratch(self.out) / LEDGER).unlink()
         return report
 
@@ -331,14 +337,22 @@ class _Work:
                 return Rejected(reason, f"the same edit as {first}", str(triplet.edited.name))
         return replace(triplet, repeats="")
 
-    def _finish(self) -> Report:
-        """Everything on the disk, the lists last."""
+    def _finish(self, forget: bool) -> Report:
+        """Everything on the disk, the lists last; DataError if triplets would go with their prompts unasked."""
+        first = next((_phrase(line) for line in self.ledger.rejects()), "")
+        forgotten, such = self.ledger.unmet()
+        if forgotten and not forget:
+            raise DataError(
+                f"{forgotten} triplets taken before are not in the source now, such as {such}"
+                f"{f'; the first reject: {first}' * bool(first)}",
+                where=shown(self.out / LIST),
+                fix="ingest the whole source or write to another folder, or let them go with --forget",
+            )
         os.sync()  # the images before the list that names them
         for name, lines in ((REJECTS, self.ledger.rejects()), (LIST, self.ledger.taken())):
             with replacing(self.out / name) as file:
                 file.writelines(lines)
-        first = next((_phrase(line) for line in self.ledger.rejects()), "")
-        return Report(self.accepted, self.reused, self.ledger.reasons(), self.repeats, first)
+        return Report(self.accepted, self.reused, self.ledger.reasons(), self.repeats, first, forgotten)
 
 
 def _sweep(folder: Place) -> None:
@@ -369,11 +383,11 @@ def _words(size: Size) -> str:
 
 
 def _reject(job: _Job, why: Rejected, layout: Layout) -> dict[str, object]:
-    """A line of rejects.jsonl: where the row stands, its id, the file it is about, reason and detail."""
+    """A line of rejects.jsonl: where the row stands, its id, the file it is about, reason and detail, no signature."""
     key = job.draft.id if isinstance(job.draft, Draft) else id_of(job.row.values, layout)
     words = {"list": job.row.file, "line": job.row.line, "id": key, "file": why.file or job.row.file}
     words |= {"reason": why.reason, "detail": why.detail}
-    return {k: v.encode("utf-8", "replace").decode() if isinstance(v, str) else v for k, v in words.items()}
+    return {k: shown(v).encode("utf-8", "replace").decode() if isinstance(v, str) else v for k, v in words.items()}
 
 
 def _phrase(line: bytes) -> str:

@@ -247,7 +247,7 @@ class ServerVlm:
                 return self._answer(self._post(body))
             except _Trouble as trouble:
                 if not trouble.passing or tries > self.retries or self._closed.is_set():
-                    detail = self._discreet(trouble.detail)
+                    detail = self._fit_to_keep(trouble.detail)
                     return Reply(failure=trouble.reason, detail=detail, passing=trouble.passing)
                 self._wait(tries, trouble.after)
 
@@ -275,7 +275,7 @@ class ServerVlm:
         return got
 
     def _refused(self, got: httpx.Response) -> None:
-        said = self._discreet(f"status {got.status_code}: {got.text[:300]}")
+        said = self._fit_to_keep(f"status {got.status_code}: {got.text[:300]}")
         if got.status_code in LOCKED or got.is_redirect:
             fix = "check url, model and the variable that holds the key"
             raise ConfigError(f"the server refuses every question: {said}", where=self.url, fix=fix)
@@ -299,9 +299,9 @@ class ServerVlm:
             raise _Trouble("garbage", f"no answer in {got.text[:200]!r}", passing=True) from error
         failure = "refusal" if refusal or ended == "content_filter" else "cut off" if ended == "length" else ""
         failure = failure or ("" if text.strip() else "empty")
-        text = self._discreet(text.strip())
+        text = self._fit_to_keep(text.strip())
         if failure:
-            return Reply("", failure, self._discreet(str(refusal or text)[:300]), False, read, wrote)
+            return Reply("", failure, self._fit_to_keep(str(refusal or text)[:300]), False, read, wrote)
         return Reply(text, read=read, wrote=wrote)
 
     def _body(self, question: Question) -> bytes:
@@ -316,8 +316,9 @@ class ServerVlm:
         url = f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
         return {"type": "image_url", "image_url": {"url": url}}
 
-    def _discreet(self, text: str) -> str:
-        """Servers quote requests in their errors; the key must not come back that way."""
+    def _fit_to_keep(self, text: str) -> str:
+        """Without the key, which servers quote in their errors, and halves of characters, which no file holds."""
+        text = text.encode(errors="replace").decode()
         return text.replace(self.key, "[key]") if self.key else text
 
     def _refuse_unsafe(self) -> None:
