@@ -28,6 +28,7 @@ from PIL import Image
 
 from data_tools import rollout as room
 from data_tools.ingest import Listed, Triplet, ingest, iterate, read_triplets, write_triplets
+from data_tools.ingest import triplets as triplets_module
 from data_tools.rollout import Evolving, RolloutConfig, Worker, pack_clips, rollout, work
 from data_tools.rollout.encode import RolloutCodec
 from data_tools.rollout.plan import Chosen, Plan
@@ -363,6 +364,24 @@ def test_damaged_pictures_are_quarantined_and_the_others_rolled(own, tmp_path, m
         rollout(rows, tmp_path / "new", config)
     rollout(rows, tmp_path / "new", replace(config, changed="reroll"))
     assert ShardSet.open(tmp_path / "new").keys == ["t0", "t1", "t2", "t3"]
+
+
+def test_a_picture_that_was_hashed_but_not_read_is_tried_again(own, tmp_path, monkeypatch):
+    rows, config, real = unhashed(own[0]), settings(max_reject_fraction=0.2), triplets_module.read_bytes
+
+    def faulty(where):
+        if where == rows[2].source:
+            with places.reaching(where):
+                raise OSError(errno.EIO, "a bad sector")
+        return real(where)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(triplets_module, "read_bytes", faulty)
+        assert ShardSet.open(rollout(rows, tmp_path / "new", config)).keys == ["t0", "t1", "t3", "t4"]
+    with pytest.raises(DataError, match="t2: was of no use, and has changed"):
+        rollout(rows, tmp_path / "new", config)
+    rollout(rows, tmp_path / "new", replace(config, changed="reroll"))
+    assert ShardSet.open(tmp_path / "new").keys == ["t0", "t1", "t2", "t3", "t4"]
 
 
 @pytest.mark.parametrize(

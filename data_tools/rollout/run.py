@@ -168,7 +168,7 @@ class _Set:
         now = {t.id: t for t in self.plan.unit(unit)}
         made = [_difference(before[key], t, self._inputs(t)) for key, t in now.items() if key in before]
         again = [key for key, old in tried.items() if self._inputs(now[key]) not in ("", old)]
-        return [*filter(None, made), *(f"{key}: was of no use, and has changed" for key in again)]
+        return [*filter(None, made), *(f"{key}: was of no use, and has changed or can be read now" for key in again)]
 
     def _inputs(self, triplet: Triplet) -> str:
         """Empty where the pictures cannot be read any more, which is no change."""

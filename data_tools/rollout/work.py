@@ -141,7 +141,8 @@ class Worker:
         except Exception as error:
             if self._is_the_machines(error):
                 raise
-            return Reject(triplet.id, f"{type(error).__name__}: {error}", inputs)
+            unread = getattr(error.__cause__, "errno", None)  # nothing was said of what is in the file: try it again
+            return Reject(triplet.id, f"{type(error).__name__}: {error}", "" if unread else inputs)
         self._good[:] = [triplet]
         return _Pair(triplet, inputs, source, target)
 
