@@ -64,7 +64,7 @@ class ContactSheet:
         if getattr(recipe, "conditioned_on", "first") != "first":
             what = "a contact sheet shows edits made of the source alone, and this model is told both ends"
             raise ConfigError(what, where="key loop.validation", fix="leave it empty")
-        text = getattr(recipe, "text", "instruction")
+        text: TextKind = getattr(recipe, "text", "instruction")
         return ContactSheet(recipe.loop.validation, recipe.codec, ranks, text=text, shift=recipe.shift)
 
     def prepare(self) -> None:

@@ -317,12 +317,12 @@ def named_models(words: Sequence[str], option: str, rows: Sequence[str] = ()) ->
     return {name: model for name, _, model in split}
 
 
-def _check_name(name: str, where: str | None = None) -> None:
+def _check_name(name: str, where: str = "") -> None:
     if not NAME.fullmatch(name):
         raise ConfigError(f"{name!r} is no name of a row", where=where, fix="use ASCII letters, digits, _, . and -")
 
 
-def _refuse_twins(names: Sequence[str], where: str | None = None) -> None:
+def _refuse_twins(names: Sequence[str], where: str = "") -> None:
     if twin := next((name for n, name in enumerate(names) if name in names[:n]), None):
         raise ConfigError(f"two rows are called {twin!r}", where=where, fix="name one differently")
 
