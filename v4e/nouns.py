@@ -338,19 +338,6 @@ class Draw:
 
 
 @dataclass(frozen=True)
-class Prediction:
-    """Velocity [B, C, t, h, w] (noise minus data) and hidden states [B, S, D] of the tapped blocks."""
-
-    v_BCthw: Tensor
-    taps: Mapping[int, Tensor] = field(default_factory=dict)
-
-    @staticmethod
-    def of(outputs: tuple[Tensor, ...], taps: tuple[int, ...] = ()) -> "Prediction":
-        """Name the plain tuple that leaves an engine."""
-        return Prediction(outputs[0], dict(zip(taps, outputs[1:], strict=True)))
-
-
-@dataclass(frozen=True)
 class Levels:
     """How noise levels of flow matching are drawn, before the recipe's shift.
 
