@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -78,8 +78,9 @@ def test_a_view_is_no_larger_than_a_screen_and_keeps_its_colours():
 def test_an_edit_is_the_one_that_the_command_makes(studio, photo, tmp_path):
     told, settings = [], Settings(seed=3, steps=3)
     edit = app.edited(studio, str(photo), SNOW, settings, tmp_path, told.append)
-    job = Job(str(photo), SNOW, tmp_path / "by hand.jpg", Settings(seed=3, steps=3, frames="strip"))
-    made = studio.make(job, opened(photo), studio.recipe(job, photo.read_bytes()))
+    asked = Job(str(photo), SNOW, tmp_path / "by hand.jpg", settings)
+    job = replace(asked, settings=replace(settings, frames="strip"))
+    made = studio.make(job, opened(photo), studio.recipe(asked, photo.read_bytes()))
     assert edit.output.read_bytes() == made[job.output] and edit.strip.read_bytes() == made[job.frames_output]
     assert edit.output.name == "cat-1-edited.jpg" and edit.size == (130, 97) and told == [1, 2, 3]
     assert edit.said == photos.recipe_in(made[job.output]) and (edit.said["seed"], edit.said["steps"]) == (3, 3)

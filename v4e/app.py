@@ -86,9 +86,9 @@ def edited(
     """
     content, photo = opened(path)
     name = f"{photos.tidy_name(str(path))}-edited{photos.written(photo.suffix)}"
-    job = Job(str(path), instruction, folder / name, replace(settings, frames="strip"))
-    moving = replace(job, settings=replace(settings, frames="mp4"))
-    recipe = studio.recipe(job, content)
+    asked = Job(str(path), instruction, folder / name, settings)
+    job, moving = (replace(asked, settings=replace(settings, frames=kind)) for kind in ("strip", "mp4"))
+    recipe = studio.recipe(asked, content)  # what is downloaded has no evolution beside it
     clip = studio.imagine(job, photo, tell)
     video = {moving.frames_output: evolution_of(clip, moving, photo.rgb.size, recipe)}
     files = video | files_of(clip, job, photo, recipe)
