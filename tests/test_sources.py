@@ -87,6 +87,18 @@ def test_csv_as_pandas_writes_it_with_its_index(tmp_path):
     assert [(t.id, t.extra) for t in check_two(tmp_path / "out")] == [("a", {}), ("b", {})]
 
 
+def unlistable(monkeypatch, name: str, error: OSError) -> None:
+    """A folder of this name cannot be listed; root would not be stopped by its mode."""
+    scan = os.scandir
+
+    def failing(path):
+        if str(path).endswith(name):
+            raise error
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", failing)
+
+
 def test_folders_that_cannot_be_looked_into_are_named(tmp_path, monkeypatch):
     raw = tmp_path / "raw"
     for folder in ("bad", "good", "elsewhere"):
@@ -96,14 +108,7 @@ def test_folders_that_cannot_be_looked_into_are_named(tmp_path, monkeypatch):
         (raw / folder / f"{folder}.txt").write_text("make it red")
     (raw / "elsewhere").rename(tmp_path / "elsewhere")
     (raw / "link").symlink_to(tmp_path / "elsewhere")
-    scan = os.scandir
-
-    def failing(path):
-        if str(path).endswith("bad"):
-            raise OSError(5, "Input/output error")
-        return scan(path)
-
-    monkeypatch.setattr(os, "scandir", failing)
+    unlistable(monkeypatch, "bad", OSError(5, "Input/output error"))
     assert take(raw, tmp_path / "out").rejected == {"unreadable folder": 1, "linked folder": 1}
     assert [t.id for t in ingest.read_triplets(tmp_path / "out")] == ["good"]
     told = {r["file"]: r["detail"] for r in rejects(tmp_path / "out")}
@@ -118,14 +123,7 @@ def test_sets_in_folders_that_cannot_be_looked_into_are_named(tmp_path, monkeypa
     for folder in ("train", "validation"):
         (tmp_path / "in" / folder).mkdir(parents=True)
         parquet(tmp_path / "in" / folder / "0000.parquet", rows)
-    scan = os.scandir
-
-    def failing(path):
-        if str(path).endswith("validation"):
-            raise PermissionError(13, "Permission denied")
-        return scan(path)
-
-    monkeypatch.setattr(os, "scandir", failing)
+    unlistable(monkeypatch, "validation", PermissionError(13, "Permission denied"))
     assert take(tmp_path / "in", tmp_path / "out", "gpt-image-edit").accepted == 1
     (row,) = rejects(tmp_path / "out")
     assert (row["reason"], row["file"]) == ("unreadable folder", str(tmp_path / "in/validation"))
